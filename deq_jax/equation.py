@@ -1,0 +1,162 @@
+"""f, traced once: the equation `z = f(params, z, x)` as a jaxpr of the state alone.
+
+Tracing f a single time, ahead of any solve, serves three ends: what f returns is checked before
+anything runs; every traced array it uses, `params`, `x` and whatever it closes over, becomes an
+explicit input and so gets its gradient; and later passes (the solve, the linearisation, the
+preparation) work on the same jaxpr instead of calling f again.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+PyTree = Any
+
+
+class Captured(NamedTuple):
+    """The arrays a traced function uses besides its argument.
+
+    Attributes:
+        variables: floating and complex arrays under trace; differentiable.
+        constants: all others: integers, booleans, keys, and arrays no transformation looks at.
+    """
+
+    variables: tuple[jax.Array, ...]
+    constants: tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traced:
+    """A function `g(captured, z)` as a jaxpr; hashed by identity, so it can be a static argument.
+
+    Attributes:
+        jaxpr: the open jaxpr; its constvars are the captured arrays, its invars the leaves of z.
+        is_variable: for each constvar, whether it stands in `Captured.variables`.
+        out_tree: structure of what is returned.
+    """
+
+    jaxpr: Any
+    is_variable: tuple[bool, ...]
+    out_tree: Any
+
+    def __call__(self, captured: Captured, z: PyTree) -> PyTree:
+        """Evaluates the function, differentiable in `captured.variables` and `z`."""
+        closed = core.ClosedJaxpr(self.jaxpr, self.values(captured))
+        return self.out_tree.unflatten(core.jaxpr_as_fun(closed)(*jax.tree.leaves(z)))
+
+    def values(self, captured: Captured) -> list[jax.Array]:
+        """The captured arrays in the order of the jaxpr's constvars."""
+        variables, constants = iter(captured.variables), iter(captured.constants)
+        return [next(variables if inexact else constants) for inexact in self.is_variable]
+
+
+def trace(g: Callable[[PyTree], PyTree], z: PyTree) -> tuple[Traced, Captured]:
+    """Traces `g` at the shapes of `z`; what it captures becomes an explicit argument."""
+    closed, out = jax.make_jaxpr(lambda z: g(z), return_shape=True)(z)
+    is_variable = tuple(
+        isinstance(value, jax.core.Tracer) and jnp.issubdtype(value.dtype, jnp.inexact)
+        for value in closed.consts
+    )
+    captured = Captured(
+        tuple(v for v, inexact in zip(closed.consts, is_variable, strict=True) if inexact),
+        tuple(v for v, inexact in zip(closed.consts, is_variable, strict=True) if not inexact),
+    )
+    return Traced(closed.jaxpr, is_variable, jax.tree.structure(out)), captured
+
+
+def initial_state(x: PyTree, z0: PyTree | None, batched: bool) -> PyTree:
+    """The checked start of a solve, as arrays: `z0`, or zeros shaped like `x`.
+
+    Raises:
+        TypeError: a leaf is neither floating nor complex.
+        ValueError: no leaves, no batch axis, batch axes that disagree, or an empty batch.
+    """
+    origin = "z0" if z0 is not None else "x (z0 was left out, so z starts as zeros shaped like x)"
+    source = x if z0 is None else z0
+    leaves = jax.tree_util.tree_leaves_with_path(source)
+    if not leaves:
+        raise ValueError(f"{origin} has no leaves; the state needs at least one array")
+    sizes = {}
+    for path, leaf in leaves:
+        name = f"leaf {jax.tree_util.keystr(path) or '(the whole)'} of {origin}"
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"{name} has dtype {dtype}, but a state must be floating or complex"
+                + ("; pass z0" if z0 is None else "")
+            )
+        shape = jnp.shape(leaf)
+        if batched and not shape:
+            raise ValueError(f"{name} is a scalar without a batch axis; pass batched=False")
+        if batched:
+            sizes[name] = shape[0]
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"axis 0 must be the same batch in every leaf of the state, got {sizes}")
+    if 0 in sizes.values():
+        raise ValueError(f"the batch is empty: axis 0 of {next(iter(sizes))} has length 0")
+    if z0 is None:
+        return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=jnp.result_type(leaf)), x)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), z0)
+
+
+def trace_equation(
+    f: Callable[[PyTree, PyTree, PyTree], PyTree],
+    params: PyTree,
+    x: PyTree,
+    z: PyTree,
+    *,
+    batched: bool,
+) -> tuple[Traced, Captured]:
+    """Traces `z -> f(params, z, x)` and checks that it returns what it was given.
+
+    With `batched=False` the traced function takes and returns z with a batch axis of length 1, so
+    that everything behind it has only one case.
+
+    Raises:
+        ValueError: f returns another structure, shape or dtype; names the leaf, got and expected.
+    """
+
+    def checked(z: PyTree) -> PyTree:
+        fz = f(params, z, x)
+        _check_returned(fz, z)
+        return fz
+
+    def single(z: PyTree) -> PyTree:
+        return add_batch_axis(checked(drop_batch_axis(z)))
+
+    return trace(checked, z) if batched else trace(single, add_batch_axis(z))
+
+
+def add_batch_axis(z: PyTree) -> PyTree:
+    """A batch of one."""
+    return jax.tree.map(lambda leaf: leaf[None], z)
+
+
+def drop_batch_axis(z: PyTree) -> PyTree:
+    """The only sample of a batch of one."""
+    return jax.tree.map(lambda leaf: leaf[0], z)
+
+
+def _check_returned(fz: PyTree, z: PyTree) -> None:
+    got, expected = jax.tree.structure(fz), jax.tree.structure(z)
+    if got != expected:
+        raise ValueError(
+            f"f must return the structure of z: got {got}, expected {expected}"
+        )
+    expected_leaves = jax.tree_util.tree_leaves_with_path(z)
+    for (path, leaf), returned in zip(expected_leaves, jax.tree.leaves(fz), strict=True):
+        name = jax.tree_util.keystr(path) or "(the whole of z)"
+        if jnp.shape(returned) != leaf.shape:
+            raise ValueError(
+                f"f must return the shapes of z: leaf {name}: "
+                f"got {jnp.shape(returned)}, expected {leaf.shape}"
+            )
+        if jnp.result_type(returned) != leaf.dtype:
+            raise ValueError(
+                f"f must return the dtypes of z: leaf {name}: got {jnp.result_type(returned)}, "
+                f"expected {leaf.dtype}; cast what f returns, or start from a z0 of that dtype"
+            )

@@ -1,0 +1,53 @@
+"""Picard iteration: apply f again and again."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from deq_jax import checks
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Picard:
+    """Damped fixed-point iteration,
+
+        z_{k+1} = τ f(z_k) + (1 - τ) z_k,    0 < τ <= 1.
+
+    Converges locally if and only if every eigenvalue μ of ∂f/∂z has `|1 - τ + τ μ| < 1`: damping
+    helps against eigenvalues that are large and negative or complex, never against real μ >= 1.
+    The error shrinks by that factor a step. The residual is that of `f(z) - z` whatever τ is, not
+    the length of the damped step.
+
+    Attributes:
+        damping: τ, a number in (0, 1].
+        tol: bound on the relative residual.
+        max_iter: most evaluations of f.
+        atol: bound on the absolute residual; 0 leaves it out.
+        trace: keep the residual of every evaluation.
+
+    Raises:
+        ValueError, TypeError: a field is out of its range or no number; the message names it.
+    """
+
+    damping: float = 1.0
+    tol: float = 1e-4
+    max_iter: int = 100
+    atol: float = 0.0
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        checks.check_number(self, "damping", above=0.0, at_most=1.0)
+        checks.check_stopping(self)
+
+    def init(self, z: PyTree, fz: PyTree) -> tuple[()]:
+        """Picard remembers nothing."""
+        return ()
+
+    def step(self, z: PyTree, fz: PyTree, state: tuple[()]) -> tuple[PyTree, tuple[()]]:
+        """`z + τ (f(z) - z)`."""
+        if self.damping == 1.0:
+            return fz, state
+        return jax.tree.map(lambda z, fz: z + self.damping * (fz - z), z, fz), state

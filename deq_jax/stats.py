@@ -1,0 +1,88 @@
+"""What a solve reports: one status a sample, and the numbers behind it."""
+
+import enum
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Status(enum.IntEnum):
+    """How a sample's solve ended; arrays of statuses hold these integers."""
+
+    CONVERGED = 0
+    """The residual is at or below the tolerance."""
+    MAX_ITER = 1
+    """The evaluations were used up first; the iterate with the lowest residual was returned."""
+    DIVERGED = 2
+    """f returned a NaN or an infinity; the best finite iterate seen before was returned."""
+
+
+class SolveStats(NamedTuple):
+    """Report of a fixed-point solve. With `batched=False` the axis `[B]` is absent.
+
+    Attributes:
+        residual: `[B]`, relative residual `‖f(z) - z‖ / (ε + ‖f(z)‖)` of exactly the returned z;
+            infinite where no evaluation was finite. Statistics carry no gradient.
+        iterations: `[B]` int32, evaluations until the sample stopped.
+        status: `[B]` int32, values of `Status`.
+        evaluations: int32, how often f was evaluated on the batch; the largest of `iterations`.
+        trace: `[max_iter, B]`, the residual at each evaluation, NaN after the sample's stop;
+            None unless the solver has `trace=True`.
+    """
+
+    residual: jax.Array
+    iterations: jax.Array
+    status: jax.Array
+    evaluations: jax.Array
+    trace: jax.Array | None = None
+
+    @property
+    def converged(self) -> jax.Array:
+        """`[B]` boolean: the sample met its tolerance."""
+        return self.status == Status.CONVERGED
+
+
+class Solution(NamedTuple):
+    """A solve's `value` (the state, a pytree like `z0`) and its `stats`."""
+
+    value: Any
+    stats: SolveStats
+
+
+class BackwardProbe(NamedTuple):
+    """A dummy input whose *cotangent* is the report of the backward solve.
+
+    A backward pass returns nothing but cotangents, so its report travels as one:
+
+        probe = BackwardProbe.zeros(batch)
+        gradients, report = jax.grad(loss, argnums=(0, 1))(params, probe)
+
+    where `loss` hands the probe to `deq_fixed_point(..., backward_probe=probe)`. The value of the
+    probe is never read. Give each solve a probe of its own: the cotangents of a probe that was
+    used twice are added.
+
+    Attributes:
+        residual: `[B]` float32, `‖Jᵀu + y - u‖ / ‖y‖` of the returned u, y the incoming cotangent.
+        iterations: `[B]` float32, transposed products until the sample stopped.
+        status: `[B]` float32, values of `Status`.
+        evaluations: float32, how often the transposed product was computed.
+    """
+
+    residual: jax.Array
+    iterations: jax.Array
+    status: jax.Array
+    evaluations: jax.Array
+
+    @classmethod
+    def zeros(cls, batch: int | None = None) -> "BackwardProbe":
+        """A probe for a batch of `batch` samples; None for a solve with `batched=False`."""
+        shape = () if batch is None else (batch,)
+        per_sample = np.zeros(shape, np.float32)
+        return cls(*(jnp.asarray(a) for a in (*[per_sample] * 3, np.zeros((), np.float32))))
+
+    @classmethod
+    def of(cls, stats: SolveStats) -> "BackwardProbe":
+        """The report `stats` in the form of a probe's cotangent."""
+        return cls(*(field.astype(jnp.float32) for field in stats[:4]))

@@ -1,0 +1,114 @@
+"""Per-sample algebra on pytrees.
+
+Every leaf carries the batch on axis 0, `[B, ...]`; a sample is one vector made of all leaves and
+all their other axes. Results that belong to a sample have shape `[B]`. Sums are accumulated in
+float32, or in the leaf's own precision where that is wider.
+
+For whole-tree arithmetic without a batch use `optax.tree`; what stands here is what it lacks.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+PyTree = Any
+
+
+def accumulation_dtype(dtype: Any) -> Any:
+    """The real dtype in which sums over a leaf are taken: float32, or wider if the leaf is."""
+    return jnp.promote_types(jnp.finfo(dtype).dtype, jnp.float32)
+
+
+def tree_accumulation_dtype(tree: PyTree) -> Any:
+    """The widest accumulation dtype over the leaves; residuals and statistics use it."""
+    dtypes = [accumulation_dtype(leaf.dtype) for leaf in jax.tree.leaves(tree)]
+    return jnp.result_type(*dtypes)
+
+
+def over_samples(values: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Reshapes per-sample `values` `[B]` to `[B, 1, ...]`, to broadcast against `leaf`."""
+    return values.reshape(values.shape + (1,) * (leaf.ndim - values.ndim))
+
+
+def dot(a: PyTree, b: PyTree) -> jax.Array:
+    """Inner product of each sample, `[B]`: the sum over all leaves of `Re(conj(a) b)`.
+
+    The real part makes a complex state a vector of its real and imaginary parts.
+    """
+    dtype = tree_accumulation_dtype(a)
+
+    def leaf_dot(a: jax.Array, b: jax.Array) -> jax.Array:
+        axes = tuple(range(1, a.ndim))
+        if jnp.iscomplexobj(a):
+            product = a.real.astype(dtype) * b.real.astype(dtype)
+            product += a.imag.astype(dtype) * b.imag.astype(dtype)
+        else:
+            product = a.astype(dtype) * b.astype(dtype)
+        return product.sum(axes)
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf_dot, a, b)))
+
+
+def norm(a: PyTree) -> jax.Array:
+    """Euclidean norm of each sample over all leaves, `[B]`."""
+    return jnp.sqrt(dot(a, a))
+
+
+def largest(a: PyTree) -> jax.Array:
+    """Largest magnitude of each sample over all leaves, `[B]`."""
+    dtype = tree_accumulation_dtype(a)
+
+    def leaf_largest(leaf: jax.Array) -> jax.Array:
+        return jnp.abs(leaf).astype(dtype).max(tuple(range(1, leaf.ndim)), initial=0)
+
+    leaves = [leaf_largest(leaf) for leaf in jax.tree.leaves(a)]
+    return jnp.stack(leaves).max(0)
+
+
+def add(a: PyTree, b: PyTree) -> PyTree:
+    """Leafwise `a + b`."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def subtract(a: PyTree, b: PyTree) -> PyTree:
+    """Leafwise `a - b`."""
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def scale(factor: jax.Array | float, a: PyTree) -> PyTree:
+    """`factor * a` in the leaves' own dtypes; `factor` is a number or per sample, `[B]`."""
+    factor = jnp.asarray(factor)
+
+    def leaf_scale(leaf: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(leaf.dtype, accumulation_dtype(leaf.dtype))
+        return (over_samples(factor, leaf).astype(wide) * leaf.astype(wide)).astype(leaf.dtype)
+
+    return jax.tree.map(leaf_scale, a)
+
+
+def where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
+    """Takes each sample from `a` where its `condition` `[B]` holds, else from `b`.
+
+    A selection and not a product with a mask: a NaN in the branch not taken stays there.
+    """
+    return jax.tree.map(lambda a, b: jnp.where(over_samples(condition, a), a, b), a, b)
+
+
+def zeros_per_sample(a: PyTree) -> jax.Array:
+    """Zeros `[B]` in the accumulation dtype, made from the data of `a`.
+
+    An empty sum instead of `jnp.zeros`: it inherits which mesh axes `a` varies over, which
+    `shard_map` demands of a loop carry, and no NaN in `a` can reach it.
+    """
+    total = jnp.zeros((), tree_accumulation_dtype(a))
+    for leaf in jax.tree.leaves(a):
+        empty = lax.slice_in_dim(leaf.reshape(leaf.shape[0], -1), 0, 0, axis=1)
+        total = total + jnp.sum(jnp.real(empty), axis=1).astype(total.dtype)
+    return total
+
+
+def batch_size(a: PyTree) -> int:
+    """Length of the batch axis."""
+    return jax.tree.leaves(a)[0].shape[0]
