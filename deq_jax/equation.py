@@ -144,9 +144,7 @@ def drop_batch_axis(z: PyTree) -> PyTree:
 def _check_returned(fz: PyTree, z: PyTree) -> None:
     got, expected = jax.tree.structure(fz), jax.tree.structure(z)
     if got != expected:
-        raise ValueError(
-            f"f must return the structure of z: got {got}, expected {expected}"
-        )
+        raise ValueError(f"f must return the structure of z: got {got}, expected {expected}")
     expected_leaves = jax.tree_util.tree_leaves_with_path(z)
     for (path, leaf), returned in zip(expected_leaves, jax.tree.leaves(fz), strict=True):
         name = jax.tree_util.keystr(path) or "(the whole of z)"

@@ -118,10 +118,13 @@ def solve_adjoint(
     """Solves `u = Jᵀ u + y`, J = ∂f/∂z at `z`: the backward pass by itself, to look at.
 
     Args:
-        f, params, x, batched: as for `deq_fixed_point`.
+        f: as for `deq_fixed_point`.
+        params: as for `deq_fixed_point`.
+        x: as for `deq_fixed_point`.
         z: the point of linearisation, usually a solution; leaves `[B, ...]`.
         cotangent: y, like `z`.
         solver: solver of the linear system; with `trace=True` the stats hold its residuals.
+        batched: as for `deq_fixed_point`.
 
     Returns:
         `value` u, and `stats` with residuals `‖Jᵀ u + y - u‖ / ‖y‖`.
@@ -237,9 +240,7 @@ def _linear_backward(product, solver, saved, cotangent):
     _, transpose = jax.vjp(lambda u: product(Captured(variables, constants), u), u)
     transposed, captured = trace(lambda v: transpose(v)[0], u_bar)
     v, _ = linear_fixed_point(transposed, solver, *captured, u_bar)
-    _, pullback = jax.vjp(
-        lambda variables: product(Captured(variables, constants), u), variables
-    )
+    _, pullback = jax.vjp(lambda variables: product(Captured(variables, constants), u), variables)
     (variables_bar,) = pullback(v)
     return variables_bar, None, v
 

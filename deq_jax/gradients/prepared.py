@@ -38,7 +38,7 @@ _CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 # Not worth an array of their own that each trip would read: elementwise operations, which the
 # compiler fuses into what uses them, and operations that only spread out what they are given.
 _CHEAP = frozenset(
-    "add and broadcast_in_dim convert_element_type copy eq expand_dims ge gt iota le lt max min "
+    "add and broadcast_in_dim convert_element_type copy eq expand_dims ge gt iota le lt max min "  # noqa: SIM905
     "mul ne neg not or reshape select_n sign squeeze sub".split()
 )
 
@@ -91,9 +91,7 @@ def prepare(traced: Traced, captured: Captured) -> Callable[[PyTree], PyTree]:
     inputs = [_Value(known=False) for _ in traced.jaxpr.invars]
     constants = [
         _Value(known=True, constant=value, source_bytes=_bytes(variable.aval))
-        for value, variable in zip(
-            traced.values(captured), traced.jaxpr.constvars, strict=True
-        )
+        for value, variable in zip(traced.values(captured), traced.jaxpr.constvars, strict=True)
     ]
     operations: list[_Operation] = []
     outputs = _flatten(traced.jaxpr, constants, inputs, operations, rematerialised=False)
@@ -157,9 +155,7 @@ def _flatten(
             size = sum(_bytes(variable.aval) for variable in equation.outvars)
             source = sum(value.source_bytes for value in inputs)
             cheap = operation.name in _CHEAP
-            operation.hoistable = (
-                known and not rematerialised and not (cheap and size > source)
-            )
+            operation.hoistable = known and not rematerialised and not (cheap and size > source)
             outputs = [
                 _Value(
                     known,
@@ -242,7 +238,7 @@ def _evaluate(value: _Value, values: dict[_Value, Any]) -> None:
 
 
 def _read(value: _Value, values: dict[_Value, Any]) -> Any:
-    return values[value] if value in values else value.constant
+    return values.get(value, value.constant)
 
 
 def _run(op: _Operation, values: dict[_Value, Any]) -> None:
@@ -327,6 +323,4 @@ def _convolve(op: _Operation, lhs: jax.Array, ready: jax.Array, kernel: jax.Arra
         _run(op, values)
         return values[op.outputs[0]]
 
-    return lax.platform_dependent(
-        lhs, ready, kernel, cpu=channels_last, default=as_written
-    )
+    return lax.platform_dependent(lhs, ready, kernel, cpu=channels_last, default=as_written)

@@ -167,9 +167,7 @@ def _inner_products(window: PyTree, values: PyTree) -> jax.Array:
     return sum(jax.tree.leaves(jax.tree.map(leaf_products, window, values)))
 
 
-def _minimiser(
-    gram: jax.Array, filled: jax.Array, ridge: float
-) -> tuple[jax.Array, jax.Array]:
+def _minimiser(gram: jax.Array, filled: jax.Array, ridge: float) -> tuple[jax.Array, jax.Array]:
     """Weights `[B, m]` of the window's smallest residual, and where `[B]` they could be had.
 
     Rows and columns are scaled to a unit diagonal, which makes the ridge relative and keeps pairs

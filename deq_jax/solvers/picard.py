@@ -12,7 +12,9 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Picard:
-    """Damped fixed-point iteration,
+    """Damped fixed-point iteration.
+
+    The recurrence is
 
         z_{k+1} = τ f(z_k) + (1 - τ) z_k,    0 < τ <= 1.
 

@@ -1,0 +1,96 @@
+"""DEQ layer for Flax Linen."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from deq_jax.fixed_point import deq_fixed_point
+from deq_jax.gradients.implicit import Implicit
+from deq_jax.solvers.anderson import Anderson
+from deq_jax.solvers.loop import Solver, iterate
+from deq_jax.solvers.picard import Picard
+from deq_jax.stats import BackwardProbe, SolveStats
+
+PyTree = Any
+
+
+class DEQ(nn.Module):
+    """A layer whose output is the equilibrium `z* = cell(z*, x)`.
+
+    The twin of `deq_jax.nnx.DEQ`: the same values, gradients and treatment of `inject`, dropout and
+    batch statistics. Variables are the cell's own, under `cell`.
+
+    Initialisation calls the cell once, to make its parameters, and does not solve: the output of
+    `init_with_output` is that one application.
+
+    Attributes:
+        cell: a module with `cell(z, x, **kwargs) -> z`.
+        solver: as for `deq_fixed_point`.
+        gradient: as for `deq_fixed_point`.
+        batched: as for `deq_fixed_point`.
+        rng_streams: names of the random streams the cell draws from; those present are split once
+            a call and are then the same in every evaluation.
+    """
+
+    cell: nn.Module
+    solver: Solver = Anderson()
+    gradient: Implicit = Implicit()
+    batched: bool = True
+    rng_streams: tuple[str, ...] = ("dropout",)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: PyTree,
+        z0: PyTree | None = None,
+        *,
+        return_stats: bool = False,
+        backward_probe: BackwardProbe | None = None,
+        **kwargs: Any,
+    ) -> PyTree | tuple[PyTree, SolveStats]:
+        """Solves for z*; `kwargs`, hashable, go to the cell; the rest as `deq_fixed_point`."""
+        has_injection = callable(getattr(type(self.cell), "inject", None))
+        injection = self.cell.inject(x) if has_injection else x
+        if self.is_initializing():
+            start = jax.tree.map(jnp.zeros_like, injection) if z0 is None else z0
+            z = self.cell(start, injection, **kwargs)
+            if not return_stats:
+                return z
+            return z, iterate(lambda _: z, z, Picard(max_iter=1)).stats
+
+        cell, variables = self.cell.unbind()
+        rngs = {name: self.make_rng(name) for name in self.rng_streams if self.has_rng(name)}
+        changing = tuple(name for name in variables if name != "params")
+        z, stats = deq_fixed_point(
+            _Apply(cell, changing, tuple(sorted(kwargs.items()))),
+            (variables, rngs),
+            injection,
+            z0,
+            solver=self.solver,
+            gradient=self.gradient,
+            batched=self.batched,
+            return_stats=True,
+            backward_probe=backward_probe,
+        )
+        if any(self.is_mutable_collection(name) for name in (*changing, "intermediates")):
+            self.cell(*jax.lax.stop_gradient((z, injection)), **kwargs)
+        return (z, stats) if return_stats else z
+
+
+@dataclasses.dataclass(frozen=True)
+class _Apply:
+    """The cell as a pure function; what it writes to its collections is dropped."""
+
+    cell: nn.Module
+    changing: tuple[str, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+    def __call__(self, state: tuple[PyTree, PyTree], z: PyTree, x: PyTree) -> PyTree:
+        variables, rngs = state
+        z, _ = self.cell.apply(
+            variables, z, x, **dict(self.kwargs), rngs=rngs, mutable=list(self.changing)
+        )
+        return z

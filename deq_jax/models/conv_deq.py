@@ -1,0 +1,174 @@
+"""The tutorial's convolutional image classifier, and its two controls.
+
+All three are one network around a different core, and the core of each is made of the same cell:
+
+    Conv 3x3 - BatchNorm - core - BatchNorm - average pool - Linear
+
+The core is an equilibrium of the cell (`ConvDEQ`), the cell applied k times from zero with the
+same weights (`WeightTiedConvNet`), or k cells with weights of their own (`ExplicitConvNet`).
+
+Source: "Deep Implicit Layers", ch. 4; 64,842 parameters in its CIFAR-10 form.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deq_jax.cells.resnet import ResNetCell
+from deq_jax.checks import check_count
+from deq_jax.gradients.implicit import Implicit
+from deq_jax.nnx import DEQ
+from deq_jax.solvers.anderson import Anderson
+from deq_jax.solvers.loop import Solver
+from deq_jax.stats import BackwardProbe, SolveStats
+
+
+def count_parameters(model: nnx.Module) -> int:
+    """Number of trainable scalars (`nnx.Param`)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+class _ImageClassifier(nnx.Module):
+    """Everything around the core. See the module's docstring.
+
+    Args:
+        image_shape: `(height, width, channels)` of an image.
+        num_classes: number of logits.
+        channels: channels of the core's state.
+        inner_channels: channels inside the cell's branch.
+        groups: groups of the cell's GroupNorms.
+        pool: side of the average pool's window and its stride; must divide height and width.
+        rngs: stream `params`.
+
+    Raises:
+        ValueError: `pool` does not divide the image.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_shape: tuple[int, int, int] = (32, 32, 3),
+        num_classes: int = 10,
+        channels: int = 48,
+        inner_channels: int = 64,
+        groups: int = 8,
+        pool: int = 8,
+        rngs: nnx.Rngs,
+    ):
+        height, width, colours = image_shape
+        if height % pool or width % pool:
+            raise ValueError(f"pool={pool} must divide the image's {height}x{width}")
+        self.image_shape = image_shape
+        self.channels, self.inner_channels, self.groups = channels, inner_channels, groups
+        self.pool = pool
+        self.stem = nnx.Conv(colours, channels, (3, 3), rngs=rngs)
+        # PyTorch's 0.1 is the weight of the new batch, Flax's 0.9 that of the old statistics.
+        self.norm_in = nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, rngs=rngs)
+        self.norm_out = nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, rngs=rngs)
+        features = (height // pool) * (width // pool) * channels
+        self.head = nnx.Linear(features, num_classes, rngs=rngs)
+
+    def _cell(self, rngs: nnx.Rngs) -> ResNetCell:
+        return ResNetCell(self.channels, self.inner_channels, groups=self.groups, rngs=rngs)
+
+    def _injection(self, images: jax.Array) -> jax.Array:
+        if images.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"images must have shape [B, {', '.join(map(str, self.image_shape))}], "
+                f"got {list(images.shape)}"
+            )
+        return self.norm_in(self.stem(images))
+
+    def _logits(self, z: jax.Array) -> jax.Array:
+        window = (self.pool, self.pool)
+        pooled = nnx.avg_pool(self.norm_out(z), window, strides=window)
+        return self.head(pooled.reshape(pooled.shape[0], -1))
+
+
+class ConvDEQ(_ImageClassifier):
+    """The classifier whose core is the equilibrium of one residual cell.
+
+    Args:
+        solver: as for `deq_fixed_point`; the tutorial's tolerance and budget by default.
+        gradient: as for `deq_fixed_point`.
+        rngs: stream `params`.
+        **network: as for the module's networks: `image_shape`, `num_classes`, `channels`,
+            `inner_channels`, `groups`, `pool`.
+    """
+
+    def __init__(
+        self,
+        *,
+        solver: Solver = Anderson(tol=1e-2, max_iter=25),  # noqa: B008  (frozen)
+        gradient: Implicit = Implicit(),  # noqa: B008  (frozen)
+        rngs: nnx.Rngs,
+        **network: Any,
+    ):
+        super().__init__(rngs=rngs, **network)
+        self.core = DEQ(self._cell(rngs), solver=solver, gradient=gradient)
+
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        return_stats: bool = False,
+        backward_probe: BackwardProbe | None = None,
+    ) -> jax.Array | tuple[jax.Array, SolveStats]:
+        """Logits `[B, num_classes]` of `images` `[B, H, W, C]`, with `return_stats` also stats."""
+        z, stats = self.core(
+            self._injection(images), return_stats=True, backward_probe=backward_probe
+        )
+        logits = self._logits(z)
+        return (logits, stats) if return_stats else logits
+
+
+class WeightTiedConvNet(_ImageClassifier):
+    """Control: `depth` applications of one cell from z = 0, ordinary backpropagation.
+
+    As many parameters as `ConvDEQ`; memory grows with `depth`.
+
+    Args:
+        depth: number of applications.
+        rngs: stream `params`.
+        **network: as for `ConvDEQ`.
+    """
+
+    def __init__(self, *, depth: int = 8, rngs: nnx.Rngs, **network: Any):
+        super().__init__(rngs=rngs, **network)
+        self.depth = depth
+        check_count(self, "depth")
+        self.cell = self._cell(rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits `[B, num_classes]` of `images` `[B, H, W, C]`."""
+        injection = self._injection(images)
+        z = jnp.zeros_like(injection)
+        for _ in range(self.depth):
+            z = self.cell(z, injection)
+        return self._logits(z)
+
+
+class ExplicitConvNet(_ImageClassifier):
+    """Control: `depth` cells with weights of their own, each given the injection.
+
+    Args:
+        depth: number of cells.
+        rngs: stream `params`.
+        **network: as for `ConvDEQ`.
+    """
+
+    def __init__(self, *, depth: int = 8, rngs: nnx.Rngs, **network: Any):
+        super().__init__(rngs=rngs, **network)
+        self.depth = depth
+        check_count(self, "depth")
+        self.cells = nnx.List([self._cell(rngs) for _ in range(depth)])
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits `[B, num_classes]` of `images` `[B, H, W, C]`."""
+        injection = self._injection(images)
+        z = jnp.zeros_like(injection)
+        for cell in self.cells:
+            z = cell(z, injection)
+        return self._logits(z)
