@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from deq_jax import tree
+
 PyTree = Any
 
 
@@ -128,7 +130,12 @@ def trace_equation(
     def single(z: PyTree) -> PyTree:
         return add_batch_axis(checked(drop_batch_axis(z)))
 
-    return trace(checked, z) if batched else trace(single, add_batch_axis(z))
+    g, start = (checked, z) if batched else (single, add_batch_axis(z))
+    varied = tree.vary_with(start, (params, x))
+    traced, captured = trace(g, varied)
+    if varied is not start:  # inside shard_map; what f closes over may vary over more axes still
+        traced, captured = trace(g, tree.vary_with(varied, captured))
+    return traced, captured
 
 
 def add_batch_axis(z: PyTree) -> PyTree:

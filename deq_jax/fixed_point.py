@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
+from deq_jax import tree
 from deq_jax.equation import (
     Captured,
     Traced,
@@ -184,6 +185,7 @@ def _solve(
     if not batched:
         z0 = add_batch_axis(z0)
         probe = None if probe is None else BackwardProbe(*map(jnp.atleast_1d, probe[:3]), probe[3])
+    z0 = tree.vary_with(z0, captured)
     if gradient is None:
         solution = jax.lax.stop_gradient(iterate(prepare(equation, captured), z0, solver))
     else:

@@ -18,13 +18,19 @@ PyTree = Any
 
 def accumulation_dtype(dtype: Any) -> Any:
     """The real dtype in which sums over a leaf are taken: float32, or wider if the leaf is."""
-    return jnp.promote_types(jnp.finfo(dtype).dtype, jnp.float32)
+    info = jnp.finfo(dtype)
+    return info.dtype if info.bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def working_dtype(dtype: Any) -> Any:
+    """The dtype in which multiples of a leaf are computed before they are rounded to its own."""
+    return dtype if jnp.issubdtype(dtype, jnp.complexfloating) else accumulation_dtype(dtype)
 
 
 def tree_accumulation_dtype(tree: PyTree) -> Any:
     """The widest accumulation dtype over the leaves; residuals and statistics use it."""
     dtypes = [accumulation_dtype(leaf.dtype) for leaf in jax.tree.leaves(tree)]
-    return jnp.result_type(*dtypes)
+    return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
 
 
 def over_samples(values: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -82,7 +88,7 @@ def scale(factor: jax.Array | float, a: PyTree) -> PyTree:
     factor = jnp.asarray(factor)
 
     def leaf_scale(leaf: jax.Array) -> jax.Array:
-        wide = jnp.promote_types(leaf.dtype, accumulation_dtype(leaf.dtype))
+        wide = working_dtype(leaf.dtype)
         return (over_samples(factor, leaf).astype(wide) * leaf.astype(wide)).astype(leaf.dtype)
 
     return jax.tree.map(leaf_scale, a)
@@ -107,6 +113,24 @@ def zeros_per_sample(a: PyTree) -> jax.Array:
         empty = lax.slice_in_dim(leaf.reshape(leaf.shape[0], -1), 0, 0, axis=1)
         total = total + jnp.sum(jnp.real(empty), axis=1).astype(total.dtype)
     return total
+
+
+def vary_with(a: PyTree, others: PyTree) -> PyTree:
+    """`a`, made to vary over every mesh axis that any leaf of `a` or `others` varies over.
+
+    Inside `shard_map` the start of a loop must vary as the loop's body makes it vary: over the
+    axes of all that f uses, not of its own data alone (zeros vary over none). Elsewhere this is
+    `a` itself. No gradient flows through it.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return a
+    nothing = jnp.zeros(())
+    for leaf in jax.tree.leaves((a, others)):
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        empty = jnp.real(jnp.asarray(leaf).reshape(-1)[:0])
+        nothing = nothing + jnp.sum(empty).astype(nothing.dtype)
+    return lax.stop_gradient(jax.tree.map(lambda leaf: leaf + nothing.astype(leaf.dtype), a))
 
 
 def batch_size(a: PyTree) -> int:

@@ -141,6 +141,7 @@ def solve_adjoint(
     equation, captured = trace_equation(f, params, x, z, batched=batched)
     if not batched:
         z, cotangent = add_batch_axis(z), add_batch_axis(cotangent)
+    z, cotangent = tree.vary_with((z, cotangent), captured)
     _, pullback = jax.vjp(lambda z: equation(captured, z), z)
     product, residuals = trace(lambda u: pullback(u)[0], cotangent)
     solution = linear_fixed_point(product, solver, *residuals, cotangent)

@@ -81,7 +81,7 @@ class Anderson:
 
     history: int = 5
     mixing: float = 1.0
-    ridge: float = 1e-5
+    ridge: float = 1e-4
     tol: float = 1e-4
     max_iter: int = 50
     atol: float = 0.0
@@ -122,7 +122,7 @@ class Anderson:
         gram = lax.dynamic_update_index_in_dim(state.gram, row, state.slot, 1)
         gram = lax.dynamic_update_index_in_dim(gram, row, state.slot, 2)
         size = jnp.sqrt(lax.dynamic_index_in_dim(row, state.slot, 1, keepdims=False))
-        newest = jnp.arange(self.history) == state.slot
+        newest = jnp.arange(self.history, dtype=state.slot.dtype) == state.slot
         blown_up = size > _BLOW_UP * state.lowest
         filled = newest | (state.filled & ~blown_up[:, None])
 
@@ -199,7 +199,7 @@ def _combine(weights: jax.Array, window: PyTree) -> PyTree:
     """`Σ_i weights_i window_i` for each sample, in the window's dtypes."""
 
     def leaf_combine(window: jax.Array) -> jax.Array:
-        dtype = jnp.promote_types(window.dtype, weights.dtype)
+        dtype = tree.working_dtype(window.dtype)
         combined = lax.dot_general(
             weights.astype(dtype),
             window.astype(dtype),
