@@ -1,0 +1,26 @@
+# make demo   sets up .venv and trains a deep equilibrium network on real digits
+# make test   sets up .venv and runs every check
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo test lint
+
+$(INSTALLED): requirements.txt setup.cfg pyproject.toml
+	@echo "installing into $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+install: $(INSTALLED)
+
+demo: install
+	@$(BIN)/python -m experiments.image_classification --preset digits
+
+lint: install
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+test: lint
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal

@@ -1,0 +1,1 @@
+"""Scripts that train and measure deep equilibrium networks: `python -m experiments.NAME --help`."""

@@ -1,0 +1,1 @@
+"""Speed and memory: ratios within one interleaved run, medians, the machine named."""
