@@ -82,9 +82,11 @@ class _ImageClassifier(nnx.Module):
         return self.norm_in(self.stem(images))
 
     def _logits(self, z: jax.Array) -> jax.Array:
-        window = (self.pool, self.pool)
-        pooled = nnx.avg_pool(self.norm_out(z), window, strides=window)
-        return self.head(pooled.reshape(pooled.shape[0], -1))
+        batch, height, width, channels = z.shape
+        pool = self.pool  # not nnx.avg_pool, which fails under strict dtype promotion
+        windows = (batch, height // pool, pool, width // pool, pool, channels)
+        pooled = self.norm_out(z).reshape(windows).mean((2, 4))
+        return self.head(pooled.reshape(batch, -1))
 
 
 class ConvDEQ(_ImageClassifier):

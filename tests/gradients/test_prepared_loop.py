@@ -1,0 +1,218 @@
+"""What `prepare` leaves in the loop, and what it does there. Read from jaxprs and CPU code."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+from jax.extend import core
+
+from deq_jax import Anderson, Picard, deq_fixed_point
+from deq_jax.cells.resnet import ResNetCell
+from deq_jax.equation import trace
+from deq_jax.gradients.prepared import prepare
+from tests.gradients.test_prepared import CELLS, FORMS, W, Z, conv, normal, primitives, transposed
+from tests.reference import relative_error
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def lowered(function, u):
+    """What a trip of the loop is on this machine; captured arrays are arguments of it."""
+    closed = jax.make_jaxpr(function)(u)
+
+    def trip(constants, u):
+        return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, constants))(u)
+
+    return jax.jit(trip).lower(closed.consts, u)
+
+
+def dimension_numbers(lowered):
+    """Dimension numbers of the convolutions, as StableHLO writes them."""
+    lines = [line for line in lowered.as_text().splitlines() if "stablehlo.convolution" in line]
+    return [line.split("dim_numbers = ")[1].split(", window")[0] for line in lines]
+
+
+HWIO = {
+    3: "[b, 0, f]x[0, i, o]->[b, 0, f]",
+    4: "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]",
+    5: "[b, 0, 1, 2, f]x[0, 1, 2, i, o]->[b, 0, 1, 2, f]",
+}
+
+
+@pytest.mark.parametrize("form", sorted(set(FORMS) - {"batch groups"}))
+def test_on_the_cpu_convolutions_are_channels_last(form):
+    z_shape, kernel_shape, options = FORMS[form]
+
+    def f(kernel, z):
+        return conv(z, kernel, **options)
+
+    kernel, z = normal(*kernel_shape), normal(*z_shape)
+    traced, captured = transposed(f, kernel, z)
+    u = f(kernel, z)
+    expected = [HWIO[z.ndim]]
+    assert dimension_numbers(lowered(prepare(traced, captured), u)) == expected
+    assert dimension_numbers(lowered(lambda u: traced(captured, u), u)) != expected
+
+
+@pytest.mark.parametrize("name", [name for name in CELLS if CELLS[name][1] is None])
+def test_under_checkpoint_only_the_kernel_is_prepared(name):
+    traced, captured = transposed(CELLS[name][0], normal(*W), normal(*Z))
+    u = normal(*Z)
+
+    def reversals_and_convolutions(function):
+        text = lowered(function, u).compile().as_text()
+        return text.count(" reverse("), text.count(" convolution(")
+
+    # Two convolutions: the recomputed one and the transposed one.
+    assert reversals_and_convolutions(lambda u: traced(captured, u)) == (1, 2)
+    assert reversals_and_convolutions(prepare(traced, captured)) == (0, 2)
+
+
+def prepared_jaxpr(f, params, z):
+    return jax.make_jaxpr(prepare(*trace(lambda z: f(params, z), z)))(z)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
+def test_what_depends_on_constants_alone_is_done_before(wrap):
+    params = normal(4, 4), normal(4, 4, seed=1), normal(3, 4, seed=2), normal(4, seed=3)
+
+    @wrap
+    def f(params, z):
+        w, u, x, b = params
+        gain = jnp.exp(w) / jnp.linalg.norm(w)
+        return jnp.tanh(z @ gain + x @ u + b)
+
+    z = normal(3, 4)
+    jaxpr = prepared_jaxpr(f, params, z)
+    names = list(primitives(jaxpr))
+    assert names.count("dot_general") == 1
+    assert not {"exp", "sqrt", "div", "reduce_sum"}.intersection(names)
+    (got,) = core.jaxpr_as_fun(jaxpr)(z)
+    assert relative_error(got, f(params, z)) < 1e-14
+
+
+def test_under_checkpoint_other_work_stays():
+    params = normal(*W), normal(4, 4, seed=1)
+
+    @jax.checkpoint
+    def f(params, z):
+        kernel, matrix = params
+        return conv(z, kernel) * (matrix @ matrix).sum()
+
+    names = list(primitives(prepared_jaxpr(f, params, normal(*Z))))
+    assert "dot_general" in names
+    assert "conv_general_dilated" in names
+
+
+def test_a_kernel_that_depends_on_the_state_is_left_alone():
+    dims = ("NCHW", "OIHW", "NCHW")
+    z, kernel = normal(2, 4, 5, 6), normal(4, 4, 3, 3)
+
+    def f(kernel, z):
+        return conv(z, kernel * z[0, 0, 0, 0], dims=dims)
+
+    def known(kernel, z):
+        return conv(z, kernel * 2, dims=dims)
+
+    assert "platform_index" not in primitives(prepared_jaxpr(f, kernel, z))
+    assert "platform_index" in primitives(prepared_jaxpr(known, kernel, z))
+    numbers = dimension_numbers(lowered(prepare(*trace(lambda z: f(kernel, z), z)), z))
+    assert numbers == ["[b, f, 0, 1]x[o, i, 0, 1]->[b, f, 0, 1]"]
+
+
+def test_spread_out_scalars_are_not_stored():
+    z = normal(50, 60)
+
+    def f(scalar, z):
+        bias = jnp.broadcast_to(scalar, z.shape) + 1.0
+        return jnp.where(jnp.arange(60) < 7, z * bias, 0.0) + jnp.full(z.shape, 3.0)
+
+    jaxpr = prepared_jaxpr(f, jnp.asarray(0.5), z)
+    assert max(np.size(const) for const in jaxpr.consts) <= 60
+    (got,) = core.jaxpr_as_fun(jaxpr)(z)
+    assert relative_error(got, f(0.5, z)) < 1e-14
+
+
+def while_bodies(jaxpr):
+    """Bodies of the while loops of a jaxpr, nested ones included."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "while":
+            yield equation.params["body_jaxpr"]
+        for inner in core.jaxprs_in_params(equation.params):
+            yield from while_bodies(inner)
+
+
+def test_loops_of_an_ordinary_cell_turn_no_kernel():
+    with jax.numpy_dtype_promotion("standard"):
+        cell = ResNetCell(4, 8, groups=2, rngs=nnx.Rngs(0))
+        definition, params = nnx.split(cell)
+
+        def loss(params, x):
+            f = lambda params, z, x: nnx.merge(definition, params)(z, x)  # noqa: E731
+            return deq_fixed_point(f, params, x, solver=Picard()).sum()
+
+        gradient = jax.make_jaxpr(jax.grad(loss))(params, normal(*Z).astype(jnp.float32))
+    bodies = list(while_bodies(gradient))
+    convolutions = [list(primitives(body)).count("conv_general_dilated") for body in bodies]
+    assert len(bodies) == 2
+    assert convolutions == [2, 4]  # the forward loop, and both branches for each in the backward
+    assert "rev" in primitives(gradient)
+    assert not any("rev" in primitives(body) for body in bodies)
+
+
+WRAPPERS = {
+    "plain": lambda f: f,
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "jit in checkpoint": lambda f: jax.checkpoint(jax.jit(f)),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_callbacks_run_once_an_evaluation(wrapper):
+    calls = {"state": 0, "kernel": 0}
+
+    def count(name, _):
+        calls[name] += 1
+
+    @WRAPPERS[wrapper]
+    def f(kernel, z, x):
+        jax.debug.callback(count, "kernel", kernel[0, 0, 0, 0])  # of the constants alone
+        jax.debug.callback(count, "state", z[0, 0, 0, 0])
+        return jnp.tanh(conv(z, kernel) + x)
+
+    solve = jax.jit(
+        lambda kernel, x: deq_fixed_point(f, kernel, x, solver=Picard(), return_stats=True)
+    )
+    _, stats = solve(0.05 * normal(*W), normal(*Z))
+    jax.effects_barrier()
+    assert stats.evaluations > 3
+    assert calls == {"state": stats.evaluations, "kernel": stats.evaluations}
+
+
+def test_second_derivatives_through_convolutions():
+    kernel, x, cotangent = 0.1 * normal(3, 3, 2, 2), normal(1, 4, 3, 2), normal(1, 4, 3, 2, seed=2)
+
+    def f(kernel, z, x):
+        return jax.checkpoint(jnp.tanh)(conv(z, kernel) + x)
+
+    def solved(kernel, x):
+        return deq_fixed_point(f, kernel, x, solver=Anderson(tol=1e-13, max_iter=100))
+
+    def unrolled(kernel, x):
+        step = lambda z, _: (f(kernel, z, x), None)  # noqa: E731
+        return lax.scan(step, jnp.zeros_like(x), length=120)[0]
+
+    def second(equilibrium):
+        loss = lambda kernel, x: jnp.vdot(cotangent, equilibrium(kernel, x))  # noqa: E731
+
+        def curvature(kernel, x):
+            gradients = jax.grad(loss, (0, 1))(kernel, x)
+            return sum(jnp.sum(jnp.sin(leaf)) for leaf in gradients)
+
+        return jax.jit(jax.grad(curvature, (0, 1)))(kernel, x)
+
+    assert relative_error(second(solved), second(unrolled)) < 1e-9

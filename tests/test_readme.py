@@ -1,0 +1,82 @@
+"""The README's examples run as they stand, and its equations hold."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def as_a_user():
+    """Examples run with JAX's defaults."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def example(word):
+    """The names an example leaves behind; the example is the one that contains `word`."""
+    (block,) = [block for block in BLOCKS if word in block]
+    names = {}
+    exec(compile(block, f"README ({word})", "exec"), names)
+    return names
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_pure_function():
+    names = example('params["u"]')
+    z, f, params, x = (names[name] for name in ("z", "f", "params", "x"))
+    np.testing.assert_allclose(f(params, z, x), z, atol=1e-4)
+    assert names["stats"].converged.all()
+    # Against a finite difference along a random direction.
+    direction = jax.tree.map(lambda p: jnp.cos(1e3 * p), params)
+    step = 1e-2
+    solve = lambda sign: names["deq_fixed_point"](  # noqa: E731
+        f, jax.tree.map(lambda p, d: p + sign * step * d, params, direction), x, names["z0"]
+    ).sum()
+    expected = (solve(1) - solve(-1)) / (2 * step)
+    got = sum((names["gradient"][k] * direction[k]).sum() for k in params)
+    np.testing.assert_allclose(got, expected, rtol=0.02)
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_nnx_layer():
+    names = example("flax import nnx")
+    assert names["logits"].shape == (4, 10)
+    assert np.isfinite(names["logits"]).all()
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_linen_layer():
+    names = example("flax import linen")
+    assert names["logits"].shape == (4, 10)
+    assert "cell" in names["variables"]["params"]["layers_1"]
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_backward_probe(capsys):
+    names = example("BackwardProbe.zeros")
+    assert names["report"].residual.shape == (4,)
+    assert (names["report"].residual <= 1e-4).all()
+    assert capsys.readouterr().out.strip()
+
+
+def test_every_example_is_tested():
+    assert len(BLOCKS) == 4
+
+
+def test_links_and_commands_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for module in re.findall(r"python -m ([\w.]+)", README):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
