@@ -11,3 +11,18 @@ from deq_jax.stats import BackwardProbe as BackwardProbe
 from deq_jax.stats import Solution as Solution
 from deq_jax.stats import SolveStats as SolveStats
 from deq_jax.stats import Status as Status
+
+# Without it a star import would bring `nnx` and `linen`, the submodules, in the place of Flax's.
+__all__ = [
+    "Anderson",
+    "BackwardProbe",
+    "Implicit",
+    "Picard",
+    "Solution",
+    "SolveStats",
+    "Solver",
+    "Status",
+    "deq_fixed_point",
+    "solve_adjoint",
+    "solve_fixed_point",
+]
