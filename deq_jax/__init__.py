@@ -1,9 +1,9 @@
 """Deep equilibrium layers for JAX: batched fixed points, differentiated at the solution."""
 
 from deq_jax.fixed_point import deq_fixed_point as deq_fixed_point
+from deq_jax.fixed_point import solve_adjoint as solve_adjoint
 from deq_jax.fixed_point import solve_fixed_point as solve_fixed_point
 from deq_jax.gradients.implicit import Implicit as Implicit
-from deq_jax.gradients.implicit import solve_adjoint as solve_adjoint
 from deq_jax.solvers.anderson import Anderson as Anderson
 from deq_jax.solvers.loop import Solver as Solver
 from deq_jax.solvers.picard import Picard as Picard

@@ -13,13 +13,15 @@ from deq_jax.equation import (
     Captured,
     Traced,
     add_batch_axis,
+    drop_batch_axis,
     initial_state,
+    trace,
     trace_equation,
 )
-from deq_jax.gradients.implicit import Implicit, check_solver, drop_batch_axis_of_solution
+from deq_jax.gradients.implicit import Implicit, linear_fixed_point
 from deq_jax.gradients.prepared import prepare
 from deq_jax.solvers.anderson import Anderson
-from deq_jax.solvers.loop import Solver, iterate
+from deq_jax.solvers.loop import Solver, check_solver, iterate
 from deq_jax.stats import BackwardProbe, Solution, SolveStats
 
 PyTree = Any
@@ -79,7 +81,7 @@ def deq_fixed_point(
     z0 = initial_state(x, z0, batched)
     _check_probe(backward_probe, z0, batched)
     solution = _run(f, solver, gradient, batched, params, x, z0, backward_probe)
-    return solution if return_stats else solution.value
+    return tuple(solution) if return_stats else solution.value
 
 
 def solve_fixed_point(
@@ -100,6 +102,49 @@ def solve_fixed_point(
     z0 = initial_state(x, z0, batched)
     solution = _run(f, solver, None, batched, params, x, z0, None)
     return Solution(*solution)
+
+
+def solve_adjoint(
+    f: Any,
+    params: PyTree,
+    x: PyTree,
+    z: PyTree,
+    cotangent: PyTree,
+    *,
+    solver: Solver,
+    batched: bool = True,
+) -> Solution:
+    """Solves `u = Jᵀ u + y`, J = ∂f/∂z at `z`: the backward pass by itself, to look at.
+
+    Args:
+        f: as for `deq_fixed_point`.
+        params: as for `deq_fixed_point`.
+        x: as for `deq_fixed_point`.
+        z: the point of linearisation, usually a solution; leaves `[B, ...]`.
+        cotangent: y, like `z`.
+        solver: solver of the linear system; with `trace=True` the stats hold its residuals.
+        batched: as for `deq_fixed_point`.
+
+    Returns:
+        `value` u, and `stats` with residuals `‖Jᵀ u + y - u‖ / ‖y‖`.
+
+    Raises:
+        ValueError, TypeError: as for `deq_fixed_point`, and if `cotangent` is not like `z`.
+    """
+    check_solver("solver", solver)
+    z = initial_state(x, z, batched)
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (z, cotangent)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"cotangent must be like z: got {shapes[1]}, expected {shapes[0]}")
+    cotangent = jax.tree.map(lambda y, z: jnp.asarray(y, z.dtype), cotangent, z)
+    equation, captured = trace_equation(f, params, x, z, batched=batched)
+    if not batched:
+        z, cotangent = add_batch_axis(z), add_batch_axis(cotangent)
+    z, cotangent = tree.vary_with((z, cotangent), captured)
+    _, pullback = jax.vjp(lambda z: equation(captured, z), z)
+    product, residuals = trace(lambda u: pullback(u)[0], cotangent)
+    solution = linear_fixed_point(product, solver, *residuals, cotangent)
+    return solution if batched else _without_batch_axis(solution)
 
 
 def _check_probe(probe: Any, z0: PyTree, batched: bool) -> None:
@@ -187,7 +232,23 @@ def _solve(
         probe = None if probe is None else BackwardProbe(*map(jnp.atleast_1d, probe[:3]), probe[3])
     z0 = tree.vary_with(z0, captured)
     if gradient is None:
-        solution = jax.lax.stop_gradient(iterate(prepare(equation, captured), z0, solver))
+        prepared = prepare(equation, captured)
+        solution = iterate(prepared, z0, solver, mesh_axes=prepared.mesh_axes)
+        solution = jax.lax.stop_gradient(solution)
     else:
         solution = gradient.solve(equation, captured, z0, solver, probe)
-    return solution if batched else drop_batch_axis_of_solution(solution)
+    return solution if batched else _without_batch_axis(solution)
+
+
+def _without_batch_axis(solution: Solution) -> Solution:
+    """The solution of a batch of one without its batch axis."""
+    stats = solution.stats
+    return Solution(
+        drop_batch_axis(solution.value),
+        stats._replace(
+            residual=stats.residual[0],
+            iterations=stats.iterations[0],
+            status=stats.status[0],
+            trace=None if stats.trace is None else stats.trace[:, 0],
+        ),
+    )

@@ -75,7 +75,7 @@ class DEQ(nn.Module):
             return_stats=True,
             backward_probe=backward_probe,
         )
-        if any(self.is_mutable_collection(name) for name in (*changing, "intermediates")):
+        if changing or self.is_mutable_collection("intermediates"):
             self.cell(*jax.lax.stop_gradient((z, injection)), **kwargs)
         return (z, stats) if return_stats else z
 

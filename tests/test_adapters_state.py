@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +57,8 @@ def normalised(params, z, x, statistics=None):
 
 @pytest.mark.parametrize("train", [True, False])
 def test_batch_norm_in_the_cell(train):
-    x, cotangent = normal(6, 3), normal(6, 3, seed=2)
+    # Statistics mix the samples, whose cotangents differ in size and of which one has none.
+    x, cotangent = normal(6, 3), normal(6, 3, seed=2) * jnp.array([[0, 1, 1, 1e-3, 1, 9.0]]).T
     old = {"mean": normal(3, seed=3), "var": jnp.array([0.5, 1.0, 2.0])}
     layer = deq_jax.nnx.DEQ(randomise(Normalised(), kernel_scale=0.6), solver=SOLVER)
     layer.cell.norm.mean[...], layer.cell.norm.var[...] = old["mean"], old["var"]
@@ -100,6 +102,9 @@ def test_linen_keeps_statistics_it_may_not_change():
     variables = layer.init(jax.random.key(0), x)
     trained, _ = layer.apply(variables, x, mutable=["batch_stats"])
     assert relative_error(layer.apply(variables, x, train=False), trained) > 1e-3
+    # As any Linen layer: an update that would be lost is an error.
+    with pytest.raises(flax.errors.ModifyScopeVariableError, match="batch_stats"):
+        layer.apply(variables, x)
 
 
 class Dropped(nnx.Module):

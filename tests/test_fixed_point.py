@@ -197,6 +197,17 @@ def test_leaves_without_a_gradient():
     assert by_params["index"].dtype == by_params["key"].dtype == jax.dtypes.float0
 
 
+def test_what_is_returned():
+    z = deq_fixed_point(cell, 0.5, X)
+    pair = deq_fixed_point(cell, 0.5, X, return_stats=True)
+    assert type(pair) is tuple
+    np.testing.assert_array_equal(pair[0], z)
+    mapped = jax.vmap(
+        lambda x: deq_fixed_point(cell, 0.5, x, batched=False, return_stats=True), out_axes=(1, 0)
+    )(X)
+    np.testing.assert_allclose(mapped[0].T, z, rtol=1e-4)
+
+
 def test_python_numbers_and_numpy_arrays_are_taken():
     z = deq_fixed_point(cell, 0.5, np.ones((3, 4), np.float32), np.zeros((3, 4), np.float32))
     np.testing.assert_allclose(z, deq_fixed_point(cell, jnp.float32(0.5), X), rtol=1e-6)

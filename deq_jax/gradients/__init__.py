@@ -1,4 +1,3 @@
 """Gradient policies: how a solution is differentiated."""
 
 from deq_jax.gradients.implicit import Implicit as Implicit
-from deq_jax.gradients.implicit import solve_adjoint as solve_adjoint

@@ -19,17 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from deq_jax import checks, tree
-from deq_jax.equation import (
-    Captured,
-    Traced,
-    add_batch_axis,
-    drop_batch_axis,
-    initial_state,
-    trace,
-    trace_equation,
-)
+from deq_jax.equation import Captured, Traced, trace
 from deq_jax.gradients.prepared import prepare
-from deq_jax.solvers.loop import Solver, iterate
+from deq_jax.solvers.loop import Solver, check_solver, iterate
 from deq_jax.stats import BackwardProbe, Solution
 
 PyTree = Any
@@ -96,72 +88,6 @@ class Implicit:
         return _solve(equation, solver, backward, *captured, z0, probe)
 
 
-def check_solver(name: str, solver: Any) -> None:
-    """Raises a TypeError that names the argument unless `solver` can run in the loop."""
-    if isinstance(solver, type) or not isinstance(solver, Solver):
-        raise TypeError(
-            f"{name} must be a solver such as Anderson() or Picard(), or an object with tol, atol, "
-            f"max_iter, trace, init and step; got {solver!r}"
-        )
-
-
-def solve_adjoint(
-    f: Any,
-    params: PyTree,
-    x: PyTree,
-    z: PyTree,
-    cotangent: PyTree,
-    *,
-    solver: Solver,
-    batched: bool = True,
-) -> Solution:
-    """Solves `u = Jᵀ u + y`, J = ∂f/∂z at `z`: the backward pass by itself, to look at.
-
-    Args:
-        f: as for `deq_fixed_point`.
-        params: as for `deq_fixed_point`.
-        x: as for `deq_fixed_point`.
-        z: the point of linearisation, usually a solution; leaves `[B, ...]`.
-        cotangent: y, like `z`.
-        solver: solver of the linear system; with `trace=True` the stats hold its residuals.
-        batched: as for `deq_fixed_point`.
-
-    Returns:
-        `value` u, and `stats` with residuals `‖Jᵀ u + y - u‖ / ‖y‖`.
-
-    Raises:
-        ValueError, TypeError: as for `deq_fixed_point`, and if `cotangent` is not like `z`.
-    """
-    check_solver("solver", solver)
-    z = initial_state(x, z, batched)
-    shapes = [jax.tree.map(jnp.shape, tree) for tree in (z, cotangent)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"cotangent must be like z: got {shapes[1]}, expected {shapes[0]}")
-    cotangent = jax.tree.map(lambda y, z: jnp.asarray(y, z.dtype), cotangent, z)
-    equation, captured = trace_equation(f, params, x, z, batched=batched)
-    if not batched:
-        z, cotangent = add_batch_axis(z), add_batch_axis(cotangent)
-    z, cotangent = tree.vary_with((z, cotangent), captured)
-    _, pullback = jax.vjp(lambda z: equation(captured, z), z)
-    product, residuals = trace(lambda u: pullback(u)[0], cotangent)
-    solution = linear_fixed_point(product, solver, *residuals, cotangent)
-    return solution if batched else drop_batch_axis_of_solution(solution)
-
-
-def drop_batch_axis_of_solution(solution: Solution) -> Solution:
-    """The solution of a batch of one without its batch axis."""
-    stats = solution.stats
-    return Solution(
-        drop_batch_axis(solution.value),
-        stats._replace(
-            residual=stats.residual[0],
-            iterations=stats.iterations[0],
-            status=stats.status[0],
-            trace=None if stats.trace is None else stats.trace[:, 0],
-        ),
-    )
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _solve(
     equation: Traced,
@@ -172,7 +98,8 @@ def _solve(
     z0: PyTree,
     probe: BackwardProbe | None,
 ) -> Solution:
-    return iterate(prepare(equation, Captured(variables, constants)), z0, solver)
+    f = prepare(equation, Captured(variables, constants))
+    return iterate(f, z0, solver, mesh_axes=f.mesh_axes)
 
 
 def _solve_forward(equation, solver, backward, variables, constants, z0, probe):
@@ -217,16 +144,25 @@ def linear_fixed_point(
 
     Samples with y = 0 return u = 0 after their first evaluation.
     """
-    # A power of two brings each sample's y to unit size without rounding: squares of a small
-    # cotangent (a mean over batch and pixels, half precision) would underflow in the norms.
+    # A power of two brings y to unit size without rounding: squares of a small cotangent (a mean
+    # over batch and pixels, half precision) would underflow in the norms. One factor for the whole
+    # batch: A may mix samples (a BatchNorm), and then only a common factor leaves u = A u + y true.
     size = tree.largest(y)
-    scalable = (size > 0) & jnp.isfinite(size)
-    _, exponent = jnp.frexp(jnp.where(scalable, size, 1))
+    size = jnp.max(jnp.where(jnp.isfinite(size), size, 0))
+    limits = jnp.finfo(size.dtype)
+    _, exponent = jnp.frexp(jnp.where(size > 0, size, 1))
+    exponent = jnp.clip(exponent, limits.minexp + 2, limits.maxexp - 2)
     one = jnp.ones((), size.dtype)
     y = tree.scale(jnp.ldexp(one, -exponent), y)
 
     apply = prepare(product, Captured(variables, constants))
-    solution = iterate(lambda u: tree.add(apply(u), y), y, solver, reference=tree.norm(y))
+    solution = iterate(
+        lambda u: tree.add(apply(u), y),
+        y,
+        solver,
+        reference=tree.norm(y),
+        mesh_axes=apply.mesh_axes,
+    )
     return Solution(tree.scale(jnp.ldexp(one, exponent), solution.value), solution.stats)
 
 

@@ -15,6 +15,11 @@ _REMATERIALISED = frozenset({"remat", "remat2", "checkpoint"})
 _CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
 _CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 
+_COLLECTIVES = frozenset(
+    "psum psum_invariant pmax pmin ppermute all_gather all_gather_invariant all_to_all "  # noqa: SIM905
+    "reduce_scatter pgather".split()
+)
+
 # Not worth an array of their own that each trip would read: elementwise operations, which the
 # compiler fuses into what uses them, and operations that only spread out what they are given.
 _CHEAP = frozenset(
@@ -168,6 +173,23 @@ def _contains_convolution(jaxpr: Any) -> bool:
         or any(_contains_convolution(inner) for inner in core.jaxprs_in_params(equation.params))
         for equation in jaxpr.eqns
     )
+
+
+def mesh_axes(operations: Sequence[Operation]) -> tuple[str, ...]:
+    """Names of the axes over which the operations, or jaxprs nested in them, communicate."""
+    return tuple(sorted(set().union(*(_communicates(op.equation) for op in operations))))
+
+
+def _communicates(equation: Any) -> set[str]:
+    names: set[str] = set()
+    if equation.primitive.name in _COLLECTIVES:
+        axes = equation.params.get("axes", equation.params.get("axis_name", ()))
+        axes = axes if isinstance(axes, tuple) else (axes,)
+        names.update(axis for axis in axes if isinstance(axis, str))
+    for inner in core.jaxprs_in_params(equation.params):
+        inner = inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
+        names.update(*(_communicates(nested) for nested in inner.eqns))
+    return names
 
 
 def evaluate(value: Value, values: dict[Value, Any]) -> None:

@@ -18,6 +18,7 @@ instead of stored.
 The prepared function is for evaluation: differentiate the traced function instead.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ from deq_jax.gradients.operations import (
     Value,
     evaluate,
     flatten,
+    mesh_axes,
     read,
     run,
 )
@@ -39,7 +41,25 @@ from deq_jax.gradients.operations import (
 PyTree = Any
 
 
-def prepare(traced: Traced, captured: Captured) -> Callable[[PyTree], PyTree]:
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A function of the state, ready for a loop.
+
+    Attributes:
+        function: the function.
+        mesh_axes: names of the axes over which it communicates; a loop around it has to make as
+            many trips on every device along them.
+    """
+
+    function: Callable[[PyTree], PyTree]
+    mesh_axes: tuple[str, ...]
+
+    def __call__(self, z: PyTree) -> PyTree:
+        """The function at z."""
+        return self.function(z)
+
+
+def prepare(traced: Traced, captured: Captured) -> Prepared:
     """`z -> traced(captured, z)`, with the work that does not depend on z done here and now.
 
     Args:
@@ -70,7 +90,7 @@ def prepare(traced: Traced, captured: Captured) -> Callable[[PyTree], PyTree]:
                 run(op, values)
         return traced.out_tree.unflatten([read(value, values) for value in program.outputs])
 
-    return prepared
+    return Prepared(prepared, mesh_axes(in_loop))
 
 
 def _split(program: Program) -> tuple[list[Operation], list[Value]]:

@@ -58,7 +58,17 @@ class Solver(Protocol):
         """
 
 
+def check_solver(name: str, solver: Any) -> None:
+    """Raises a TypeError that names the argument unless `solver` can run in the loop."""
+    if isinstance(solver, type) or not isinstance(solver, Solver):
+        raise TypeError(
+            f"{name} must be a solver such as Anderson() or Picard(), or an object with tol, atol, "
+            f"max_iter, trace, init and step; got {solver!r}"
+        )
+
+
 class _Carry(NamedTuple):
+    proceed: jax.Array  # bool []
     evaluations: jax.Array  # int32 []
     z: PyTree  # the point to evaluate next
     solver_state: PyTree
@@ -76,6 +86,7 @@ def iterate(
     solver: Solver,
     *,
     reference: jax.Array | None = None,
+    mesh_axes: tuple[str, ...] = (),
 ) -> Solution:
     """Solves `z = f(z)` for every sample, from `z0`, by `solver`.
 
@@ -92,6 +103,8 @@ def iterate(
         solver: the update rule and the bounds.
         reference: `[B]`, stands for `‖f(z)‖₂` in the residual where given; a linear system
             `u = Jᵀu + y` is measured against `‖y‖`.
+        mesh_axes: axes of a `shard_map` over which f communicates. Devices along them go on
+            together until none has an active sample; along others each stops by itself.
 
     Returns:
         Per sample the iterate with the lowest residual, and the residual of exactly that iterate.
@@ -99,7 +112,13 @@ def iterate(
     zeros = tree.zeros_per_sample(z0)
     count = zeros.astype(jnp.int32)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), z0)
+
+    def any_active(active: jax.Array) -> jax.Array:
+        more = jnp.any(active)
+        return lax.pmax(more.astype(jnp.int32), mesh_axes) > 0 if mesh_axes else more
+
     start = _Carry(
+        proceed=any_active(count == 0),
         evaluations=count.sum(dtype=jnp.int32),
         z=z0,
         solver_state=solver.init(z0, shapes),
@@ -114,7 +133,7 @@ def iterate(
     )
 
     def proceed(carry: _Carry) -> jax.Array:
-        return jnp.any(carry.active) & (carry.evaluations < solver.max_iter)
+        return carry.proceed & (carry.evaluations < solver.max_iter)
 
     def body(carry: _Carry) -> _Carry:
         z, active = carry.z, carry.active
@@ -143,6 +162,7 @@ def iterate(
             row = jnp.where(active, residual, jnp.nan)
             trace = lax.dynamic_update_index_in_dim(trace, row, carry.evaluations, 0)
         return _Carry(
+            proceed=any_active(still_active),
             evaluations=carry.evaluations + 1,
             # Frozen samples rest at a finite point, so that no NaN goes round in f.
             z=tree.where(still_active, proposal, best),
