@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from deq_jax import checks, tree
 from deq_jax.equation import Captured, Traced, trace
@@ -144,18 +145,19 @@ def linear_fixed_point(
 
     Samples with y = 0 return u = 0 after their first evaluation.
     """
+    apply = prepare(product, Captured(variables, constants))
     # A power of two brings y to unit size without rounding: squares of a small cotangent (a mean
     # over batch and pixels, half precision) would underflow in the norms. One factor for the whole
-    # batch: A may mix samples (a BatchNorm), and then only a common factor leaves u = A u + y true.
+    # batch, on all devices: A may mix samples (a BatchNorm), and u = A u + y has one scale.
     size = tree.largest(y)
     size = jnp.max(jnp.where(jnp.isfinite(size), size, 0))
+    if apply.mesh_axes:
+        size = lax.pmax(size, apply.mesh_axes)
     limits = jnp.finfo(size.dtype)
     _, exponent = jnp.frexp(jnp.where(size > 0, size, 1))
     exponent = jnp.clip(exponent, limits.minexp + 2, limits.maxexp - 2)
     one = jnp.ones((), size.dtype)
     y = tree.scale(jnp.ldexp(one, -exponent), y)
-
-    apply = prepare(product, Captured(variables, constants))
     solution = iterate(
         lambda u: tree.add(apply(u), y),
         y,
