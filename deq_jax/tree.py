@@ -102,6 +102,11 @@ def where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(over_samples(condition, a), a, b), a, b)
 
 
+def flatten_samples(a: PyTree) -> PyTree:
+    """Each leaf `[B, ...]` as `[B, D]`."""
+    return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1), a)
+
+
 def zeros_per_sample(a: PyTree) -> jax.Array:
     """Zeros `[B]` in the accumulation dtype, made from the data of `a`.
 
@@ -109,8 +114,8 @@ def zeros_per_sample(a: PyTree) -> jax.Array:
     `shard_map` demands of a loop carry, and no NaN in `a` can reach it.
     """
     total = jnp.zeros((), tree_accumulation_dtype(a))
-    for leaf in jax.tree.leaves(a):
-        empty = lax.slice_in_dim(leaf.reshape(leaf.shape[0], -1), 0, 0, axis=1)
+    for leaf in jax.tree.leaves(flatten_samples(a)):
+        empty = lax.slice_in_dim(leaf, 0, 0, axis=1)
         total = total + jnp.sum(jnp.real(empty), axis=1).astype(total.dtype)
     return total
 

@@ -28,9 +28,12 @@ _BLOW_UP = 1e3
 class AndersonState(NamedTuple):
     """The window, a ring of `history` slots in any order.
 
+    Leaves are kept flat behind the batch axis. In the state's own shape XLA (0.10, CPU) reshaped
+    the window for the products and, to do so, copied all of it eight times an iteration.
+
     Attributes:
-        residuals: leaves `[B, history, ...]`, `g_i = f(z_i) - z_i`.
-        targets: leaves `[B, history, ...]`, `z_i + β g_i`.
+        residuals: leaves `[B, history, D]`, `g_i = f(z_i) - z_i`.
+        targets: leaves `[B, history, D]`, `z_i + β g_i`.
         gram: `[B, history, history]`, `⟨g_i, g_j⟩`, at least float32.
         filled: `[B, history]`, the slot holds a pair of this sample's window.
         lowest: `[B]`, lowest `‖g‖` so far.
@@ -98,13 +101,14 @@ class Anderson:
         zeros = tree.zeros_per_sample(z)
 
         def empty(leaf: jax.Array) -> jax.Array:
-            slots = jnp.zeros((leaf.shape[0], self.history, *leaf.shape[1:]), leaf.dtype)
+            slots = jnp.zeros((leaf.shape[0], self.history, leaf.shape[1]), leaf.dtype)
             return slots + tree.over_samples(zeros, slots).astype(leaf.dtype)
 
+        flat = tree.flatten_samples(z)
         row = zeros[:, None] + jnp.zeros(self.history, zeros.dtype)
         return AndersonState(
-            residuals=jax.tree.map(empty, z),
-            targets=jax.tree.map(empty, z),
+            residuals=jax.tree.map(empty, flat),
+            targets=jax.tree.map(empty, flat),
             gram=row[:, :, None] + jnp.zeros(self.history, zeros.dtype),
             filled=row > 0,
             lowest=zeros + jnp.inf,
@@ -113,6 +117,8 @@ class Anderson:
 
     def step(self, z: PyTree, fz: PyTree, state: AndersonState) -> tuple[PyTree, AndersonState]:
         """Stores the pair of `z` and proposes the minimiser of the window, mixed."""
+        original = z
+        z, fz = tree.flatten_samples(z), tree.flatten_samples(fz)
         g = tree.subtract(fz, z)
         plain = fz if self.mixing == 1.0 else tree.add(z, tree.scale(self.mixing, g))
         residuals = _store(state.residuals, g, state.slot)
@@ -131,6 +137,7 @@ class Anderson:
         proposal = _combine(weights, targets)
         moved = tree.norm(tree.subtract(proposal, z))
         proposal = tree.where(moved < _STAGNATION * size, plain, proposal)
+        proposal = jax.tree.map(lambda p, z: p.reshape(z.shape), proposal, original)
         return proposal, AndersonState(
             residuals=residuals,
             targets=targets,
@@ -142,7 +149,7 @@ class Anderson:
 
 
 def _store(window: PyTree, values: PyTree, slot: jax.Array) -> PyTree:
-    """Writes `values` `[B, ...]` into one slot of the window `[B, m, ...]`."""
+    """Writes `values` `[B, D]` into one slot of the window `[B, m, D]`."""
     return jax.tree.map(
         lambda window, leaf: lax.dynamic_update_index_in_dim(window, leaf, slot, 1), window, values
     )
@@ -154,10 +161,13 @@ def _inner_products(window: PyTree, values: PyTree) -> jax.Array:
 
     def leaf_products(window: jax.Array, leaf: jax.Array) -> jax.Array:
         def real_products(a: jax.Array, b: jax.Array) -> jax.Array:
-            inner = tuple(range(2, a.ndim)), tuple(range(1, b.ndim))
             # Full precision: accelerators would take float32 products in fewer bits by default.
             return lax.dot_general(
-                a, b, (inner, ((0,), (0,))), lax.Precision.HIGHEST, preferred_element_type=dtype
+                a,
+                b,
+                (((2,), (1,)), ((0,), (0,))),
+                lax.Precision.HIGHEST,
+                preferred_element_type=dtype,
             )
 
         if jnp.iscomplexobj(leaf):

@@ -1,0 +1,1 @@
+"""What the scripts in `experiments` share: data, training, checkpoints, logging and figures."""

@@ -1,0 +1,299 @@
+"""Trains a deep equilibrium network, or one of its controls, on digits, MNIST or CIFAR-10.
+
+    python -m experiments.image_classification --help
+    python -m experiments.image_classification
+    python -m experiments.image_classification --preset cifar10 --data-dir DIR
+
+Leaves in the run's folder: `config.json`, `metrics.jsonl` (a line an epoch), `checkpoints/`,
+`curves.png`, `residuals.png`, and when it is finished `result.json`.
+"""
+
+import dataclasses
+import importlib.metadata
+import pathlib
+import platform
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from deq_jax.models.conv_deq import ConvDEQ, ExplicitConvNet, WeightTiedConvNet, count_parameters
+from experiments.common import training
+from experiments.common.checkpoints import Checkpoints
+from experiments.common.data import ImageDataset, load_dataset
+from experiments.common.errors import ExperimentError, RunMismatchError, UsageError
+from experiments.common.figures import draw_curves, draw_residuals
+from experiments.common.logging import Reporter
+from experiments.common.loop import Progress, Task, Trainer
+from experiments.common.runs import RunDirectory
+from experiments.common.signals import GracefulStop
+from experiments.common.splits import epoch_order
+from experiments.common.totals import Record
+from experiments.common.traces import residual_traces
+from experiments.image_config import IRRELEVANT, Config, parse
+
+_TRACED_IMAGES = 64
+
+Model = ConvDEQ | WeightTiedConvNet | ExplicitConvNet
+
+
+def build_model(config: Config, dataset: ImageDataset) -> Model:
+    """The network for a data set, initialised by the seed, in training mode."""
+    network = {
+        **config.network(),
+        "image_shape": dataset.image_shape,
+        "num_classes": dataset.num_classes,
+        "rngs": nnx.Rngs(config.seed),
+    }
+    if config.model == "weight_tied":
+        model = WeightTiedConvNet(depth=config.depth, **network)
+    elif config.model == "explicit":
+        model = ExplicitConvNet(depth=config.depth, **network)
+    else:
+        solver, gradient = config.forward_solver(), config.gradient_policy()
+        model = ConvDEQ(solver=solver, gradient=gradient, **network)
+    model.train()
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A run with all its parts.
+
+    Attributes:
+        config: its settings.
+        dataset: its data.
+        model: the network as it was initialised, in training mode.
+        evaluation_definition: definition of the network in evaluation mode.
+        task: what the training loop needs.
+        state: the state before the first step; used up by the first step.
+    """
+
+    config: Config
+    dataset: ImageDataset
+    model: Model
+    evaluation_definition: nnx.GraphDef
+    task: Task
+    state: training.TrainState
+
+
+def prepare(config: Config, dataset: ImageDataset) -> Experiment:
+    """Builds the network, the optimiser and the steps.
+
+    Raises:
+        UsageError: a flag does not fit the data; the message names it.
+    """
+    config.check_image(dataset.image_shape)
+    steps_per_epoch = len(dataset.train) // config.batch_size
+    if steps_per_epoch == 0:
+        raise UsageError(
+            f"--batch-size must be at most the {len(dataset.train)} training examples, "
+            f"got {config.batch_size}"
+        )
+    model = build_model(config, dataset)
+    definition, params, rest = training.split_model(model)
+    schedule = training.cosine_schedule(
+        config.learning_rate, config.final_learning_rate, config.epochs * steps_per_epoch
+    )
+    optimizer = optax.adam(schedule)
+    traits = {"white": dataset.white, "solves": config.is_deq}
+    train_step = training.make_train_step(definition, optimizer, **traits)
+    model.eval()
+    evaluation_definition = nnx.graphdef(model)
+    model.train()
+    evaluator = training.Evaluator(
+        evaluation_definition, batch_size=config.eval_batch_size, **traits
+    )
+
+    def batches(epoch: int, position: int) -> Iterator[training.Batch]:
+        order = epoch_order(config.seed, epoch, len(dataset.train))
+        for step in range(position, steps_per_epoch):
+            taken = dataset.train.take(order[step * config.batch_size :][: config.batch_size])
+            yield training.Batch(taken.images, taken.labels)
+
+    def evaluate(state: training.TrainState, stop: training.StopRequested) -> Record | None:
+        totals = evaluator(state, dataset.evaluation, stop)
+        if totals is None:
+            return None
+        name = dataset.evaluation_name
+        return totals.record(name) | totals.solver_record(f"{name}_")
+
+    task = Task(
+        epochs=config.epochs,
+        steps_per_epoch=steps_per_epoch,
+        batches=batches,
+        train_step=train_step,
+        evaluate=evaluate,
+        evaluate_every=config.eval_every,
+        schedule=schedule,
+    )
+    # The optimiser's state is made from copies: the model keeps its arrays when the first step
+    # donates those of the state.
+    params, rest = jax.tree.map(lambda leaf: leaf.copy(), (params, rest))
+    state = training.initial_state(params, rest, optimizer, solves=config.is_deq)
+    return Experiment(config, dataset, model, evaluation_definition, task, state)
+
+
+def draw_solver(experiment: Experiment, state: training.TrainState, path: pathlib.Path) -> None:
+    """Draws how the trained network's solves converge on the first images of the evaluation."""
+    examples = experiment.dataset.evaluation.take(
+        np.arange(min(_TRACED_IMAGES, len(experiment.dataset.evaluation)))
+    )
+    model = nnx.merge(experiment.evaluation_definition, state.params, state.rest, copy=True)
+    images = training.to_float(jax.numpy.asarray(examples.images), experiment.dataset.white)
+    traces, tolerances = residual_traces(model, images, jax.numpy.asarray(examples.labels))
+    draw_residuals(traces, path, tolerances=tolerances)
+
+
+def run(config: Config) -> int:
+    """Trains, or goes on with training, until the end or a signal.
+
+    Returns:
+        The exit code: 0, or 130 or 143 after a signal.
+
+    Raises:
+        ExperimentError: something the user can put right; the message says what.
+    """
+    directory = RunDirectory(config.run_dir or pathlib.Path("runs") / config.preset)
+    directory.open(
+        dataclasses.asdict(config),
+        irrelevant=IRRELEVANT,
+        environment={
+            "deq_jax": importlib.metadata.version("deq_jax"),
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+            "device": _device_name(),
+        },
+        fresh=config.fresh,
+    )
+    result = directory.read_result()
+    if result is not None:
+        print(f"{directory.path} is finished; --fresh starts over")
+        print_result(result)
+        return 0
+    dataset = load_dataset(
+        config.preset,
+        data_dir=config.data_dir,
+        train_examples=config.train_examples,
+        eval_examples=config.eval_examples,
+        validation_fraction=config.validation_fraction,
+        seed=config.seed,
+        progress=config.progress,
+    )
+    experiment = prepare(config, dataset)
+    print_header(experiment, directory)
+    reporter = Reporter(directory, tensorboard=config.tensorboard)
+    with GracefulStop() as stop, Checkpoints(directory.checkpoints) as checkpoints:
+        trainer = Trainer(
+            experiment.task,
+            checkpoints,
+            reporter,
+            stop,
+            config.checkpoint_every_seconds,
+            config.progress,
+        )
+        state, progress = resume(experiment, checkpoints)
+        if progress.epoch or progress.position:
+            print(f"going on in epoch {progress.epoch + 1} after step {progress.position}")
+        state = trainer.run(state, progress)
+        reporter.close()
+        if state is None:
+            print(
+                f"stopped in epoch {progress.epoch + 1}, step {progress.position}, and saved; the "
+                "same command goes on from there"
+            )
+            return stop.exit_code
+    draw_curves(progress.history, directory.curves)
+    if config.is_deq:
+        draw_solver(experiment, state, directory.residuals)
+    result = {"evaluation": dataset.evaluation_name, **progress.history[-1]}
+    directory.write_result(result)
+    print_result(result)
+    return 0
+
+
+def resume(
+    experiment: Experiment, checkpoints: Checkpoints
+) -> tuple[training.TrainState, Progress]:
+    """The state of the newest checkpoint and where it stands, or those of the beginning.
+
+    Raises:
+        RunMismatchError: the checkpoint is from training on other data.
+    """
+    checksum = _checksum(experiment.dataset)
+    restored = checkpoints.restore(experiment.state)
+    if restored is None:
+        return experiment.state, Progress(data=checksum)
+    state, progress = restored[0], Progress(**restored[1])
+    if progress.data != checksum:
+        raise RunMismatchError(
+            "this run was trained on other data than --data-dir now holds; start over with --fresh "
+            "or choose another --run-dir"
+        )
+    return state, progress
+
+
+def print_header(experiment: Experiment, directory: RunDirectory) -> None:
+    """Prints what is trained, on what and where."""
+    config, dataset = experiment.config, experiment.dataset
+    height, width, colours = dataset.image_shape
+    print(
+        f"data: {dataset.name}, {len(dataset.train):,} training and {len(dataset.evaluation):,} "
+        f"{dataset.evaluation_name} images of {height}x{width}x{colours}, "
+        f"{dataset.num_classes} classes"
+    )
+    print(f"model: {config.model}, {count_parameters(experiment.model):,} parameters")
+    if config.is_deq:
+        print(f"solver: {experiment.model.core.solver}")
+        print(f"gradient: {experiment.model.core.gradient}")
+    print(f"device: {_device_name()}")
+    print(f"run: {directory.path}", flush=True)
+
+
+def print_result(result: dict[str, float | str]) -> None:
+    """Prints the accuracy that a finished run came to, as the last line."""
+    name = result["evaluation"]
+    print(f"{name} accuracy {result[f'{name}_accuracy']:.3f}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line `arguments` and returns the exit code.
+
+    0: finished; 1: the loss became non-finite; 2: a bad flag, missing data, or a run with other
+    settings; 130 and 143: stopped by Ctrl-C or SIGTERM.
+
+    Raises:
+        SystemExit: with code 2, after a message, if the command line is bad.
+    """
+    config = parse(arguments)
+    try:
+        return run(config)
+    except ExperimentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        # Before or after the training, where there is nothing to save.
+        return 130
+
+
+def _device_name() -> str:
+    device = jax.devices()[0]
+    if device.device_kind == device.platform:
+        return device.platform
+    return f"{device.platform} ({device.device_kind})"
+
+
+def _checksum(dataset: ImageDataset) -> int:
+    checksum = 0
+    for examples in (dataset.train, dataset.evaluation):
+        for array in (examples.images, examples.labels):
+            checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+    return checksum
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""Settings of `experiments.image_classification`: the flags, their checks and the presets."""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import tyro
+
+from deq_jax import Anderson, Implicit, Picard
+from experiments.common.data import DatasetName
+from experiments.common.errors import UsageError
+from experiments.common.runs import flag_of
+
+SolverName = Literal["anderson", "picard"]
+
+IRRELEVANT = frozenset(
+    {"data_dir", "run_dir", "checkpoint_every_seconds", "fresh", "tensorboard", "progress"}
+)
+"""Settings with which a run may be gone on with although they differ: the result does not depend
+on them. What `data_dir` holds is compared by its checksum."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train a deep equilibrium network, or one of its controls, to classify images.
+
+    `--preset` chooses the data set and the defaults of all other flags. The same command again
+    goes on with a run that was interrupted.
+
+    Attributes:
+        preset: data set, and the defaults that go with it.
+        data_dir: folder of prepared data sets (mnist, cifar10). None: $TFDS_DATA_DIR or
+            ~/tensorflow_datasets.
+        train_examples: train on a stratified subset of this size, drawn by --seed. None: all.
+        validation_fraction: hold out this share of the training examples and report on it instead
+            of the test set; for choosing settings without looking at the test set.
+        epochs: passes over the training examples.
+        batch_size: examples in a step. What is left over at the end of an epoch is dropped; it is
+            other examples in each epoch.
+        learning_rate: Adam's step size at the first step; decays along a cosine, step by step.
+        final_learning_rate: where the cosine ends.
+        seed: seed of the initial weights, the order of examples and the subset.
+        model: deq, or a control made of the same cell: weight_tied (the cell --depth times with the
+            same weights) or explicit (--depth cells with weights of their own).
+        depth: cells in a control.
+        channels: channels of the state.
+        inner_channels: channels inside the cell's branch.
+        groups: groups of the cell's GroupNorms; divides both.
+        pool: side of the average pool before the classifier; divides the image's.
+        solver: fixed-point solver of the forward pass.
+        tol: relative residual at which a sample has converged.
+        max_iter: most evaluations of the cell in a solve.
+        history: Anderson's window.
+        mixing: Anderson's beta: below 1 damped, above 1 overprojected.
+        ridge: Anderson's ridge, relative to its Gram matrix.
+        damping: Picard's damping, in (0, 1].
+        gradient: gradient of the layer: implicit differentiation.
+        backward_solver: solver of the backward pass. None: that of the forward pass.
+        backward_tol: tolerance of the backward pass. None: --tol.
+        backward_max_iter: most transposed products in a backward pass. None: --max-iter.
+        eval_batch_size: examples evaluated at once.
+        eval_examples: report on a stratified subset of this size, the same one in every run. None:
+            all, or with --train-examples at most as many as are trained on.
+        eval_every: epochs between evaluations; the last one is always evaluated.
+        run_dir: folder for what the run writes. None: runs/PRESET.
+        checkpoint_every_seconds: save this often, besides each epoch's end.
+        fresh: delete the run in --run-dir and start over.
+        tensorboard: write TensorBoard events too (needs the extra [tensorboard]).
+        progress: show progress bars.
+    """
+
+    preset: DatasetName = "digits"
+    data_dir: str | None = None
+    train_examples: int | None = None
+    validation_fraction: float = 0.0
+    epochs: int = 12
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-6
+    seed: int = 0
+    model: Literal["deq", "weight_tied", "explicit"] = "deq"
+    depth: int = 8
+    channels: int = 32
+    inner_channels: int = 64
+    groups: int = 8
+    pool: int = 2
+    solver: SolverName = "anderson"
+    tol: float = 1e-2
+    max_iter: int = 25
+    history: int = 5
+    mixing: float = 1.0
+    ridge: float = 1e-4
+    damping: float = 1.0
+    gradient: Literal["implicit"] = "implicit"
+    backward_solver: SolverName | None = None
+    backward_tol: float | None = None
+    backward_max_iter: int | None = None
+    eval_batch_size: int = 128
+    eval_examples: int | None = None
+    eval_every: int = 1
+    run_dir: str | None = None
+    checkpoint_every_seconds: float = 30.0
+    fresh: bool = False
+    tensorboard: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        counts = ("epochs", "batch_size", "depth", "channels", "inner_channels", "groups", "pool")
+        counts += ("max_iter", "history", "eval_batch_size", "eval_every")
+        for name in (*counts, "train_examples", "eval_examples", "backward_max_iter"):
+            self._check(name, lambda value: value >= 1, "at least 1")
+        for name in ("learning_rate", "final_learning_rate", "mixing"):
+            self._check(name, lambda value: 0 < value < math.inf, "positive and finite")
+        self._check("seed", lambda value: value >= 0, "at least 0")
+        for name in ("tol", "backward_tol", "ridge", "checkpoint_every_seconds"):
+            self._check(name, lambda value: value >= 0, "at least 0")
+        self._check("damping", lambda value: 0 < value <= 1, "above 0 and at most 1")
+        self._check("validation_fraction", lambda value: 0 <= value < 1, "at least 0 and below 1")
+        limit = self.learning_rate
+        self._check(
+            "final_learning_rate", lambda value: value <= limit, f"at most --learning-rate, {limit}"
+        )
+        for name in ("channels", "inner_channels"):
+            self._check(
+                name,
+                lambda value: value % self.groups == 0,
+                f"a multiple of --groups, {self.groups}",
+            )
+
+    def _check(self, name: str, is_good: Callable[[Any], bool], allowed: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not is_good(value):
+            raise UsageError(f"{flag_of(name)} must be {allowed}, got {value}")
+
+    @property
+    def is_deq(self) -> bool:
+        """Whether the model has a solver."""
+        return self.model == "deq"
+
+    def check_image(self, image_shape: tuple[int, int, int]) -> None:
+        """Raises a UsageError unless the network fits images of `(H, W, C)`."""
+        height, width, _ = image_shape
+        allowed = f"a divisor of the sides of {self.preset}'s {height}x{width} images"
+        self._check("pool", lambda value: height % value == 0 == width % value, allowed)
+
+    def network(self) -> dict[str, int]:
+        """The sizes that all models have in common."""
+        names = ("channels", "inner_channels", "groups", "pool")
+        return {name: getattr(self, name) for name in names}
+
+    def forward_solver(self) -> Anderson | Picard:
+        """The solver of the forward pass."""
+        return self._solver(self.solver)
+
+    def gradient_policy(self) -> Implicit:
+        """How gradients pass through the layer."""
+        solver = None if self.backward_solver is None else self._solver(self.backward_solver)
+        return Implicit(solver=solver, tol=self.backward_tol, max_iter=self.backward_max_iter)
+
+    def _solver(self, name: SolverName) -> Anderson | Picard:
+        if name == "picard":
+            return Picard(damping=self.damping, tol=self.tol, max_iter=self.max_iter)
+        return Anderson(
+            history=self.history,
+            mixing=self.mixing,
+            ridge=self.ridge,
+            tol=self.tol,
+            max_iter=self.max_iter,
+        )
+
+
+_MNIST = Config(
+    preset="mnist",
+    epochs=10,
+    batch_size=100,
+    learning_rate=1e-3,
+    channels=32,
+    inner_channels=48,
+    pool=7,
+    eval_batch_size=200,
+)
+
+_CIFAR10 = Config(
+    preset="cifar10",
+    epochs=50,
+    batch_size=100,
+    learning_rate=1e-3,
+    channels=48,
+    inner_channels=64,
+    pool=8,
+    eval_batch_size=200,
+)
+"""The network and the training of the Deep Implicit Layers tutorial, chapter 4."""
+
+PRESETS: dict[str, Config] = {"digits": Config(), "mnist": _MNIST, "cifar10": _CIFAR10}
+
+
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """Reads the command line; `--preset` chooses the defaults of the other flags.
+
+    Args:
+        arguments: the command line without the program; None for that of the process.
+
+    Raises:
+        SystemExit: after `--help`, or with code 2 after a message that names a bad flag.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--preset", default="digits")
+    try:
+        preset = early.parse_known_args(arguments)[0].preset
+    except argparse.ArgumentError:
+        # `--preset` without a value: tyro says so below.
+        preset = "digits"
+    # An unknown preset is left to tyro as well, which lists those there are.
+    default = PRESETS.get(preset, PRESETS["digits"])
+    return tyro.cli(
+        Config, prog="python -m experiments.image_classification", default=default, args=arguments
+    )
