@@ -39,7 +39,8 @@ def test_test_split_of_digits_does_not_depend_on_the_seed():
 def test_validation_comes_out_of_train_and_is_the_same_for_each_seed_and_subset():
     whole = load_dataset("digits")
     first = load_dataset("digits", validation_fraction=0.2, seed=0)
-    second = load_dataset("digits", validation_fraction=0.2, seed=1, train_examples=100)
+    subset = {"train_examples": 100, "eval_examples": 288}
+    second = load_dataset("digits", validation_fraction=0.2, seed=1, **subset)
     assert first.evaluation_name == "validation"
     assert len(first.evaluation) == 288
     np.testing.assert_array_equal(first.evaluation.images, second.evaluation.images)
@@ -55,6 +56,18 @@ def test_subset_is_stratified_and_follows_the_seed():
         assert set(np.bincount(dataset.train.labels)) <= {9, 10, 11}
     np.testing.assert_array_equal(sets[0].train.images, sets[1].train.images)
     assert rows(sets[0].train.images) != rows(sets[2].train.images)
+
+
+def test_reported_subset_is_stratified_and_the_same_for_each_seed():
+    sets = [load_dataset("digits", train_examples=50, eval_examples=100, seed=s) for s in (0, 1)]
+    np.testing.assert_array_equal(sets[0].evaluation.images, sets[1].evaluation.images)
+    assert set(np.bincount(sets[0].evaluation.labels)) <= {9, 10, 11}
+    assert rows(sets[0].evaluation.images) < rows(load_dataset("digits").evaluation.images)
+    # As many as are trained on, unless told otherwise.
+    assert len(load_dataset("digits", train_examples=50).evaluation) == 50
+    assert len(load_dataset("digits", train_examples=1400).evaluation) == 359
+    with pytest.raises(UsageError, match=r"--eval-examples must be at most 359.*got 360"):
+        load_dataset("digits", eval_examples=360)
 
 
 def test_more_examples_than_there_are():

@@ -67,7 +67,7 @@ def test_learns_digits(tmp_path, capsys):
     # The backward solve is harder at so loose an equilibrium: no such bound holds for it.
     assert min(record["forward_converged"] for record in records) > 0.9
     config = json.loads((tmp_path / "config.json").read_text())["config"]
-    assert (config["epochs"], config["channels"], config["pool"]) == (3, 16, 4)
+    assert (config["epochs"], config["channels"], config["pool"]) == (3, 16, 2)
     for name in ("curves.png", "residuals.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
 
@@ -191,8 +191,8 @@ def test_totals_are_those_of_the_reports():
         assert int(totals.converged) == (solve.status == 0).sum()
         assert int(totals.diverged) == (solve.status == 2).sum()
         assert int(totals.finite) == 10
-        np.testing.assert_allclose(totals.residual, solve.residual.sum(), rtol=1e-4)
-        np.testing.assert_allclose(totals.worst_residual, solve.residual.max(), rtol=1e-4)
+        np.testing.assert_allclose(totals.residual, solve.residual.sum(), rtol=1e-3)
+        np.testing.assert_allclose(totals.worst_residual, solve.residual.max(), rtol=1e-3)
 
 
 def test_batches_go_on_at_any_position():
