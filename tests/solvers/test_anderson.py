@@ -239,3 +239,52 @@ def test_unknown_options_are_refused_and_solvers_hash():
     assert Anderson() == Anderson(history=5, mixing=1.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         Anderson().tol = 1.0
+
+
+def window_of_three(solver):
+    """State, point and value before the third step, as a run would have them."""
+    rng = np.random.default_rng(5)
+    f = lambda z: 0.5 * jnp.tanh(z) + x  # noqa: E731
+    x = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
+    z = jnp.zeros_like(x)
+    state = solver.init(z, z)
+    for _ in range(2):
+        z, state = solver.step(z, f(z), state)
+    return z, f(z), state
+
+
+def test_a_window_that_cannot_be_factorised_restarts_with_its_newest_pair():
+    """The Gram matrix of sample 0 is made indefinite, as rounding could; sample 1 goes on."""
+    solver = Anderson(history=3)
+    z, fz, state = window_of_three(solver)
+    healthy, healthy_state = solver.step(z, fz, state)
+    broken = state._replace(gram=state.gram.at[0, 0, 1].mul(1e4).at[0, 1, 0].mul(1e4))
+    proposal, after = solver.step(z, fz, broken)
+    np.testing.assert_array_equal(proposal[0], fz[0])
+    np.testing.assert_array_equal(after.filled[0], [False, False, True])
+    np.testing.assert_array_equal(proposal[1], healthy[1])
+    np.testing.assert_array_equal(after.filled[1], [True, True, True])
+    assert (healthy[0] != fz[0]).any()
+    assert healthy_state.filled.all()
+
+
+def test_a_residual_far_above_the_best_restarts_the_window():
+    solver = Anderson(history=3)
+    z, fz, state = window_of_three(solver)
+    jumped = z + jnp.float32(1e5)
+    proposal, after = solver.step(jumped, jumped + 100 * (fz - z) + 1e5, state)
+    np.testing.assert_array_equal(after.filled, [[False, False, True]] * 2)
+    np.testing.assert_allclose(proposal, jumped + 100 * (fz - z) + 1e5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mixing", [1.0, 0.3])
+def test_a_proposal_that_hardly_moves_gives_way_to_the_plain_step(mixing):
+    """The window holds a far smaller residual whose target is z itself: its minimiser is z."""
+    solver = Anderson(history=2, mixing=mixing)
+    z, g = jnp.zeros((1, 4)), jnp.array([[0.0, 1.0, 0.0, 0.0]])
+    state = solver.init(z, z)
+    small = jnp.array([[1e-3, 0.0, 0.0, 0.0]])
+    _, state = solver.step(z - mixing * small, z - mixing * small + small, state)
+    proposal, after = solver.step(z, z + g, state)
+    np.testing.assert_allclose(proposal, z + mixing * g, rtol=1e-6)
+    assert after.filled.all()
