@@ -36,8 +36,8 @@ class Traced:
     """A function `g(captured, z)` as a jaxpr; hashed by identity, so it can be a static argument.
 
     Attributes:
-        jaxpr: the open jaxpr; its constvars are the captured arrays, its invars the leaves of z.
-        is_variable: for each constvar, whether it stands in `Captured.variables`.
+        jaxpr: a jaxpr without constants; its inputs are the captured arrays, then the leaves of z.
+        is_variable: for each captured array, whether it stands in `Captured.variables`.
         out_tree: structure of what is returned.
     """
 
@@ -47,11 +47,11 @@ class Traced:
 
     def __call__(self, captured: Captured, z: PyTree) -> PyTree:
         """Evaluates the function, differentiable in `captured.variables` and `z`."""
-        closed = core.ClosedJaxpr(self.jaxpr, self.values(captured))
-        return self.out_tree.unflatten(core.jaxpr_as_fun(closed)(*jax.tree.leaves(z)))
+        function = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, []))
+        return self.out_tree.unflatten(function(*self.values(captured), *jax.tree.leaves(z)))
 
     def values(self, captured: Captured) -> list[jax.Array]:
-        """The captured arrays in the order of the jaxpr's constvars."""
+        """The captured arrays in the order of the jaxpr's inputs."""
         variables, constants = iter(captured.variables), iter(captured.constants)
         return [next(variables if inexact else constants) for inexact in self.is_variable]
 
@@ -67,7 +67,10 @@ def trace(g: Callable[[PyTree], PyTree], z: PyTree) -> tuple[Traced, Captured]:
         tuple(v for v, inexact in zip(closed.consts, is_variable, strict=True) if inexact),
         tuple(v for v, inexact in zip(closed.consts, is_variable, strict=True) if not inexact),
     )
-    return Traced(closed.jaxpr, is_variable, jax.tree.structure(out)), captured
+    # Constants become ordinary inputs: from JAX 0.12 on a jaxpr would carry their values with it.
+    jaxpr = closed.jaxpr
+    jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
+    return Traced(jaxpr, is_variable, jax.tree.structure(out)), captured
 
 
 def initial_state(x: PyTree, z0: PyTree | None, batched: bool) -> PyTree:

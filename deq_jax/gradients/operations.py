@@ -78,30 +78,35 @@ class Program(NamedTuple):
 
 
 def flatten(jaxpr: Any, constants: Sequence[Any]) -> Program:
-    """Flattens `jaxpr`, whose constvars are the arrays `constants`."""
-    inputs = [Value(known=False) for _ in jaxpr.invars]
+    """Flattens `jaxpr`, whose first inputs are the arrays `constants`."""
+    known = _constants(jaxpr, constants)
+    inputs = [Value(known=False) for _ in _variables(jaxpr)[len(known) :]]
     operations: list[Operation] = []
-    outputs = _inline(jaxpr, _constants(jaxpr, constants), inputs, operations, False)
+    outputs = _inline(jaxpr, [*known, *inputs], operations, False)
     return Program(inputs, operations, outputs)
 
 
+def _variables(jaxpr: Any) -> list[Any]:
+    """Constvars and invars; where the one ends and the other begins depends on JAX's version."""
+    return [*jaxpr.constvars, *jaxpr.invars]
+
+
 def _constants(jaxpr: Any, arrays: Sequence[Any]) -> list[Value]:
+    """Values of the first variables of `jaxpr`."""
     return [
         Value(known=True, constant=array, source_bytes=_bytes(variable.aval))
-        for array, variable in zip(arrays, jaxpr.constvars, strict=True)
+        for array, variable in zip(arrays, _variables(jaxpr), strict=False)
     ]
 
 
 def _inline(
     jaxpr: Any,
-    constants: list[Value],
     arguments: list[Value],
     operations: list[Operation],
     rematerialised: bool,
 ) -> list[Value]:
     """Appends the equations of `jaxpr` to `operations` and returns its outputs."""
-    environment = dict(zip(jaxpr.constvars, constants, strict=True))
-    environment.update(zip(jaxpr.invars, arguments, strict=True))
+    environment = dict(zip(_variables(jaxpr), arguments, strict=True))
 
     def value_of(atom: Any) -> Value:
         if isinstance(atom, core.Literal):
@@ -115,8 +120,7 @@ def _inline(
             inner, inner_constants = nested
             outputs = _inline(
                 inner,
-                _constants(inner, inner_constants),
-                inputs,
+                [*_constants(inner, inner_constants), *inputs],
                 operations,
                 rematerialised or equation.primitive.name in _REMATERIALISED,
             )
