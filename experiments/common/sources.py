@@ -156,7 +156,7 @@ class PreparedFolder:
             f"cannot read {self._name}: {problem}. Name the folder that holds it with --data-dir, "
             "or prepare it (this downloads it and needs TensorFlow) with\n"
             "    pip install -e '.[prepare]'\n"
-            f"    tfds build {self._name} --data_dir={self._data_dir} --file_format=array_record"
+            f"    python -m experiments.prepare_data {self._name} --data-dir {self._data_dir}"
         )
 
 

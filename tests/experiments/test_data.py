@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+from experiments import prepare_data
 from experiments.common.data import load_dataset
 from experiments.common.errors import DatasetNotFoundError, UsageError
 from experiments.common.sources import PreparedFolder
@@ -129,7 +130,7 @@ def test_missing_data_name_folder_and_command(tmp_path):
     assert f"no prepared data set in {tmp_path / 'mnist'}" in message
     assert "--data-dir" in message
     assert "pip install -e '.[prepare]'" in message
-    assert f"tfds build mnist --data_dir={tmp_path} --file_format=array_record" in message
+    assert f"python -m experiments.prepare_data mnist --data-dir {tmp_path}" in message
     # It looked, and did not start to download.
     assert list(tmp_path.iterdir()) == []
 
@@ -156,6 +157,35 @@ def test_other_formats_and_missing_files(shared_tfds, tmp_path):
     copy_description(shared_tfds, tmp_path / "incomplete")
     with pytest.raises(DatasetNotFoundError, match="is incomplete"):
         load_dataset("cifar10", data_dir=tmp_path / "incomplete")
+
+
+def test_preparing_without_tensorflow(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert prepare_data.main(["cifar10", "--data-dir", str(tmp_path)]) == 2
+    assert "pip install -e '.[prepare]'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_prepared_is_what_is_read(tmp_path, monkeypatch, capsys):
+    """With the folder already prepared nothing is downloaded, and the command says where it is."""
+    asked = {}
+
+    class Builder:
+        data_dir = tmp_path / "mnist" / "3.0.1"
+
+        def download_and_prepare(self):
+            asked["prepared"] = True
+
+    def builder(name, **options):
+        asked.update(options, name=name)
+        return Builder()
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("tensorflow_datasets.builder", builder)
+    assert prepare_data.main(["mnist", "--data-dir", str(tmp_path)]) == 0
+    expected = {"name": "mnist", "data_dir": tmp_path, "file_format": "array_record"}
+    assert asked == {**expected, "prepared": True}
+    assert str(Builder.data_dir) in capsys.readouterr().out
 
 
 def test_without_tensorflow_datasets(tmp_path, monkeypatch):

@@ -261,7 +261,7 @@ def test_residual_traces_are_those_of_the_solves():
         (["--batch-size=201"], "--batch-size must be at most the 200 training examples, got 201"),
         (["--train-examples=2000"], "--train-examples must be at most 1438"),
         (["--pool=3"], "--pool must be a divisor of the sides of digits's 8x8 images, got 3"),
-        (["--preset=mnist", "--data-dir=absent"], "tfds build mnist --data_dir=absent"),
+        (["--preset=mnist", "--data-dir=absent"], "prepare_data mnist --data-dir absent"),
     ],
 )
 def test_flags_that_do_not_fit_the_data(flags, message, tmp_path, capsys, monkeypatch):

@@ -1,0 +1,68 @@
+"""Downloads a data set and prepares it in the form the scripts read.
+
+    pip install -e '.[prepare]'
+    python -m experiments.prepare_data cifar10 --data-dir DIR
+
+Needs TensorFlow and a network; reading what it leaves needs neither. A prepared data set is left as
+it is.
+"""
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from experiments.common.errors import ExperimentError, MissingExtraError
+from experiments.common.sources import default_data_dir
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to prepare and where.
+
+    Attributes:
+        name: data set.
+        data_dir: folder of prepared data sets. None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    """
+
+    name: Annotated[Literal["mnist", "cifar10"], tyro.conf.Positional]
+    data_dir: Path | None = None
+
+
+def prepare(config: Config) -> Path:
+    """Prepares the data set as array_record files and returns its folder.
+
+    Raises:
+        MissingExtraError: TensorFlow is not installed.
+    """
+    if importlib.util.find_spec("tensorflow") is None:
+        raise MissingExtraError(
+            "preparing a data set needs TensorFlow; install it with\n"
+            "    pip install -e '.[prepare]'"
+        )
+    import tensorflow_datasets as tfds
+
+    # By this and not by the `tfds` command line, which imports Apache Beam as well.
+    data_dir = config.data_dir or default_data_dir()
+    builder = tfds.builder(config.name, data_dir=data_dir, file_format="array_record")
+    builder.download_and_prepare()
+    return Path(builder.data_dir)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line `arguments` and returns the exit code."""
+    config = tyro.cli(Config, description=__doc__, args=arguments)
+    try:
+        print(f"prepared in {prepare(config)}")
+    except ExperimentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
