@@ -105,16 +105,18 @@ def solve_fixed_point(
 
 
 def solve_adjoint(
-    f: Any,
+    f: Cell,
     params: PyTree,
     x: PyTree,
     z: PyTree,
     cotangent: PyTree,
     *,
-    solver: Solver,
+    solver: Solver = Anderson(),  # noqa: B008  (frozen)
     batched: bool = True,
 ) -> Solution:
     """Solves `u = Jᵀ u + y`, J = ∂f/∂z at `z`: the backward pass by itself, to look at.
+
+    Compiled anew at every eager call; put `jax.jit` around it to call it often.
 
     Args:
         f: as for `deq_fixed_point`.

@@ -136,8 +136,3 @@ def vary_with(a: PyTree, others: PyTree) -> PyTree:
         empty = jnp.real(jnp.asarray(leaf).reshape(-1)[:0])
         nothing = nothing + jnp.sum(empty).astype(nothing.dtype)
     return lax.stop_gradient(jax.tree.map(lambda leaf: leaf + nothing.astype(leaf.dtype), a))
-
-
-def batch_size(a: PyTree) -> int:
-    """Length of the batch axis."""
-    return jax.tree.leaves(a)[0].shape[0]

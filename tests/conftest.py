@@ -23,3 +23,10 @@ def x64():
     """Runs the test with float64 enabled."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def standard_promotion():
+    """JAX's default promotion: Flax's normalisations in float64 and Optax's Adam need it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

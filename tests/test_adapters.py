@@ -19,10 +19,7 @@ SOLVER = Anderson(tol=1e-12, max_iter=100)
 F64 = {"param_dtype": jnp.float64}
 
 
-@pytest.fixture(autouse=True)
-def _double(x64):
-    with jax.numpy_dtype_promotion("standard"):  # Flax's normalisations need it in float64
-        yield
+pytestmark = pytest.mark.usefixtures("x64", "standard_promotion")
 
 
 def normal(*shape, seed=0):

@@ -13,13 +13,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.fixture
-def as_a_user():
-    """Examples run with JAX's defaults."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def example(word):
     """The names an example leaves behind; the example is the one that contains `word`."""
     (block,) = [block for block in BLOCKS if word in block]
@@ -28,7 +21,7 @@ def example(word):
     return names
 
 
-@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.usefixtures("standard_promotion")
 def test_pure_function():
     names = example('params["u"]')
     z, f, params, x = (names[name] for name in ("z", "f", "params", "x"))
@@ -45,21 +38,21 @@ def test_pure_function():
     np.testing.assert_allclose(got, expected, rtol=0.02)
 
 
-@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.usefixtures("standard_promotion")
 def test_nnx_layer():
     names = example("flax import nnx")
     assert names["logits"].shape == (4, 10)
     assert np.isfinite(names["logits"]).all()
 
 
-@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.usefixtures("standard_promotion")
 def test_linen_layer():
     names = example("flax import linen")
     assert names["logits"].shape == (4, 10)
     assert "cell" in names["variables"]["params"]["layers_1"]
 
 
-@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.usefixtures("standard_promotion")
 def test_backward_probe(capsys):
     names = example("BackwardProbe.zeros")
     assert names["report"].residual.shape == (4,)

@@ -73,7 +73,8 @@ class _ImageClassifier(nnx.Module):
     def _cell(self, rngs: nnx.Rngs) -> ResNetCell:
         return ResNetCell(self.channels, self.inner_channels, groups=self.groups, rngs=rngs)
 
-    def _injection(self, images: jax.Array) -> jax.Array:
+    def injection(self, images: jax.Array) -> jax.Array:
+        """What the core is given, `[B, H, W, channels]`, from images `[B, H, W, C]`."""
         if images.shape[1:] != self.image_shape:
             raise ValueError(
                 f"images must have shape [B, {', '.join(map(str, self.image_shape))}], "
@@ -81,7 +82,8 @@ class _ImageClassifier(nnx.Module):
             )
         return self.norm_in(self.stem(images))
 
-    def _logits(self, z: jax.Array) -> jax.Array:
+    def classify(self, z: jax.Array) -> jax.Array:
+        """Logits `[B, num_classes]` from the core's output `[B, H, W, channels]`."""
         batch, height, width, channels = z.shape
         pool = self.pool  # not nnx.avg_pool, which fails under strict dtype promotion
         windows = (batch, height // pool, pool, width // pool, pool, channels)
@@ -120,9 +122,9 @@ class ConvDEQ(_ImageClassifier):
     ) -> jax.Array | tuple[jax.Array, SolveStats]:
         """Logits `[B, num_classes]` of `images` `[B, H, W, C]`, with `return_stats` also stats."""
         z, stats = self.core(
-            self._injection(images), return_stats=True, backward_probe=backward_probe
+            self.injection(images), return_stats=True, backward_probe=backward_probe
         )
-        logits = self._logits(z)
+        logits = self.classify(z)
         return (logits, stats) if return_stats else logits
 
 
@@ -145,11 +147,11 @@ class WeightTiedConvNet(_ImageClassifier):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits `[B, num_classes]` of `images` `[B, H, W, C]`."""
-        injection = self._injection(images)
+        injection = self.injection(images)
         z = jnp.zeros_like(injection)
         for _ in range(self.depth):
             z = self.cell(z, injection)
-        return self._logits(z)
+        return self.classify(z)
 
 
 class ExplicitConvNet(_ImageClassifier):
@@ -169,8 +171,8 @@ class ExplicitConvNet(_ImageClassifier):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits `[B, num_classes]` of `images` `[B, H, W, C]`."""
-        injection = self._injection(images)
+        injection = self.injection(images)
         z = jnp.zeros_like(injection)
         for cell in self.cells:
             z = cell(z, injection)
-        return self._logits(z)
+        return self.classify(z)

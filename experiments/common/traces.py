@@ -7,7 +7,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from deq_jax import solve_adjoint
+from deq_jax import solve_adjoint, solve_fixed_point
 from deq_jax.models.conv_deq import ConvDEQ
 
 
@@ -31,42 +31,26 @@ def residual_traces(
     core = model.core
     solver = dataclasses.replace(core.solver, trace=True)
     backward = dataclasses.replace(core.gradient.backward_solver(core.solver), trace=True)
+    cell_definition, cell_state = nnx.split(core.cell)
+
+    def cell(state, z, x):
+        return nnx.merge(cell_definition, state, copy=True)(z, x)
 
     @jax.jit
-    def solve_both(state, images, labels):
-        seen = {}
-
-        def observed(injection, **_):
-            layer = nnx.merge(definition, state, copy=True).core
-            layer.solver = solver
-            z, stats = layer(injection, return_stats=True)
-            seen.update(injection=injection, z=z, trace=stats.trace)
-            return z, stats
-
-        def loss_of(core):
-            network = nnx.merge(definition, state, copy=True)
-            network.core = core
-            logits, _ = network(images, return_stats=True)
+    def solve_both(state, cell_state, images, labels):
+        def loss_of(z):
+            logits = nnx.merge(definition, state, copy=True).classify(z)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-        loss_of(observed)
-        # The loss as a function of the equilibrium: its gradient is where a backward pass starts.
-        cotangent = jax.grad(lambda z: loss_of(lambda injection, **_: (z, None)))(seen["z"])
-
-        cell = nnx.merge(definition, state, copy=True).core.cell
-        cell_definition, cell_state = nnx.split(cell)
-        injection = seen["injection"]
-        if callable(getattr(type(cell), "inject", None)):
-            injection = cell.inject(injection)
-
-        def apply(state, z, x):
-            return nnx.merge(cell_definition, state, copy=True)(z, x)
-
-        adjoint = solve_adjoint(apply, cell_state, injection, seen["z"], cotangent, solver=backward)
-        return seen["trace"], adjoint.stats.trace
+        injection = nnx.merge(definition, state, copy=True).injection(images)
+        z, stats = solve_fixed_point(cell, cell_state, injection, solver=solver)
+        # The gradient of the loss at the equilibrium is where a backward pass starts.
+        cotangent = jax.grad(loss_of)(z)
+        adjoint = solve_adjoint(cell, cell_state, injection, z, cotangent, solver=backward)
+        return stats.trace, adjoint.stats.trace
 
     # Named outside of jit, which would put the names into alphabetical order.
     names = ("forward", "backward")
-    traces = jax.device_get(solve_both(state, images, labels))
+    traces = jax.device_get(solve_both(state, cell_state, images, labels))
     tolerances = (solver.tol, backward.tol)
     return dict(zip(names, traces, strict=True)), dict(zip(names, tolerances, strict=True))

@@ -1,7 +1,6 @@
 import os
 from pathlib import Path
 
-import jax
 import pytest
 
 TINY = [
@@ -31,7 +30,5 @@ def shared_tfds() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def standard_promotion():
+def _as_the_scripts_run(standard_promotion):
     """Optax's Adam raises a Python float to an integer array, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield

@@ -57,13 +57,6 @@ def weighted_sum(z, weights):
     return sum(jax.tree.leaves(jax.tree.map(lambda z, w: (z * w).sum(), z, weights)))
 
 
-@pytest.fixture
-def standard_promotion():
-    """Flax's normalisations mix float64 inputs with float32 by promotion."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 @pytest.mark.usefixtures("standard_promotion")
 def test_residual_cell_agrees_with_the_dense_solve():
     cell = ResNetCell(4, 6, groups=2, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
