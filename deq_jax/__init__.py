@@ -4,8 +4,18 @@ from deq_jax.fixed_point import deq_fixed_point as deq_fixed_point
 from deq_jax.fixed_point import solve_adjoint as solve_adjoint
 from deq_jax.fixed_point import solve_fixed_point as solve_fixed_point
 from deq_jax.gradients.implicit import Implicit as Implicit
+from deq_jax.gradients.neumann import Neumann as Neumann
+from deq_jax.gradients.one_step import OneStep as OneStep
+from deq_jax.gradients.phantom import Phantom as Phantom
+from deq_jax.gradients.policy import GradientPolicy as GradientPolicy
+from deq_jax.gradients.unrolled import Unrolled as Unrolled
 from deq_jax.solvers.anderson import Anderson as Anderson
+from deq_jax.solvers.bicgstab import BiCGStab as BiCGStab
+from deq_jax.solvers.broyden import Broyden as Broyden
+from deq_jax.solvers.gmres import GMRES as GMRES
+from deq_jax.solvers.krylov import LinearSolver as LinearSolver
 from deq_jax.solvers.loop import Solver as Solver
+from deq_jax.solvers.newton_krylov import NewtonKrylov as NewtonKrylov
 from deq_jax.solvers.picard import Picard as Picard
 from deq_jax.stats import BackwardProbe as BackwardProbe
 from deq_jax.stats import Solution as Solution
@@ -14,14 +24,24 @@ from deq_jax.stats import Status as Status
 
 # Without it a star import would bring `nnx` and `linen`, the submodules, in the place of Flax's.
 __all__ = [
+    "GMRES",
     "Anderson",
     "BackwardProbe",
+    "BiCGStab",
+    "Broyden",
+    "GradientPolicy",
     "Implicit",
+    "LinearSolver",
+    "Neumann",
+    "NewtonKrylov",
+    "OneStep",
+    "Phantom",
     "Picard",
     "Solution",
     "SolveStats",
     "Solver",
     "Status",
+    "Unrolled",
     "deq_fixed_point",
     "solve_adjoint",
     "solve_fixed_point",

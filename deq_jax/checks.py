@@ -42,10 +42,16 @@ def check_count(owner: object, name: str) -> None:
         raise ValueError(f"{type(owner).__name__}.{name} must be at least 1, got {value!r}")
 
 
+def check_flag(owner: object, name: str) -> None:
+    """Raises unless field `name` of `owner` is a bool."""
+    value = getattr(owner, name)
+    if not isinstance(value, bool):
+        raise TypeError(f"{type(owner).__name__}.{name} must be a bool, got {value!r}")
+
+
 def check_stopping(solver: object) -> None:
     """Checks the fields every solver has: `tol`, `atol`, `max_iter`, `trace`."""
     check_number(solver, "tol", at_least=0.0)
     check_number(solver, "atol", at_least=0.0)
     check_count(solver, "max_iter")
-    if not isinstance(solver.trace, bool):
-        raise TypeError(f"{type(solver).__name__}.trace must be a bool, got {solver.trace!r}")
+    check_flag(solver, "trace")

@@ -1,31 +1,23 @@
 """`deq_fixed_point`: an equation, a solver and a gradient policy become a layer."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import get_opaque_trace_state
 
 from deq_jax import tree
-from deq_jax.equation import (
-    Captured,
-    Traced,
-    add_batch_axis,
-    drop_batch_axis,
-    initial_state,
-    trace,
-    trace_equation,
-)
-from deq_jax.gradients.implicit import Implicit, linear_fixed_point
+from deq_jax.equation import add_batch_axis, drop_batch_axis, initial_state, trace, trace_equation
+from deq_jax.execution import Cell, Task, run
+from deq_jax.gradients.implicit import Implicit, is_linear_solver
+from deq_jax.gradients.linear import SolvedInverse
+from deq_jax.gradients.policy import AtSolution, GradientPolicy, check_policy
 from deq_jax.gradients.prepared import prepare
 from deq_jax.solvers.anderson import Anderson
-from deq_jax.solvers.loop import Solver, check_solver, iterate
+from deq_jax.solvers.krylov import LinearSolver
+from deq_jax.solvers.loop import Solver, check_samples, check_solver
 from deq_jax.stats import BackwardProbe, Solution, SolveStats
 
 PyTree = Any
-Cell = Callable[[PyTree, PyTree, PyTree], PyTree]
 
 
 def deq_fixed_point(
@@ -35,17 +27,19 @@ def deq_fixed_point(
     z0: PyTree | None = None,
     *,
     solver: Solver = Anderson(),  # noqa: B008  (frozen)
-    gradient: Implicit = Implicit(),  # noqa: B008  (frozen)
+    gradient: GradientPolicy = Implicit(),  # noqa: B008  (frozen)
     batched: bool = True,
     return_stats: bool = False,
     backward_probe: BackwardProbe | None = None,
-) -> PyTree | tuple[PyTree, SolveStats]:
+    sample_at: tuple[int, ...] = (),
+    sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+) -> PyTree | tuple[PyTree, ...]:
     """The solution `z*` of `z* = f(params, z*, x)`, differentiable in params and x.
 
     Found by `solver` in one `lax.while_loop` and differentiated as `gradient` says, by default
-    with the implicit function theorem through a `jax.custom_vjp`: memory does not grow with the
-    number of iterations. Arrays that f closes over get the same gradient as if they were passed
-    in. Works under `jit`, `grad` (and grad of grad), `vmap`, `checkpoint`, `scan`, `shard_map`.
+    with the implicit function theorem: memory does not grow with the number of iterations. Arrays
+    that f closes over get the same gradient as if they were passed in. Works under `jit`, `grad`,
+    `jvp`, `hessian` and derivatives of derivatives, `vmap`, `checkpoint`, `scan`, `shard_map`.
 
     Args:
         f: `f(params, z, x) -> z`, pure and traceable; returns the structure, shapes and dtypes of
@@ -55,33 +49,45 @@ def deq_fixed_point(
         x: the input, any pytree, likewise.
         z0: the start, floating or complex leaves `[B, ...]`; zeros shaped like `x` when left out.
             Its gradient is zero: a solution does not depend on where the search began.
-        solver: `Anderson(...)`, `Picard(...)` or an object of your own with `init` and `step`.
-        gradient: the gradient policy, `Implicit(...)`.
+        solver: `Anderson(...)`, `Picard(...)`, `Broyden(...)`, `NewtonKrylov(...)` or an object of
+            your own with `init` and `step`.
+        gradient: the gradient policy: `Implicit(...)`, `OneStep()`, `Neumann(...)`, `Phantom(...)`
+            or `Unrolled(...)`. It belongs to the state that is returned, whenever the solver stops.
         batched: axis 0 of every leaf of z is the batch, and each sample is an equation of its own,
             with its own residual, history, stop and status, so that its answer does not depend on
             its batch mates (unless f mixes them). False: the whole of z is one equation.
         return_stats: also return `SolveStats`.
         backward_probe: see `BackwardProbe`.
+        sample_at: numbers of evaluations, increasing, counted from 1: return the states evaluated
+            then as well, for losses along the way. A sample that had stopped gives its final state.
+        sample_gradient: the gradient policy of these states, one for all or one each; None is
+            `gradient`.
 
     Returns:
         `z*`: per sample the iterate with the lowest residual
-        `‖f(z) - z‖₂ / (ε + ‖f(z)‖₂)`; with `return_stats` the pair `(z*, stats)`. A tolerance that
-        was not reached or a sample that became NaN raises nothing: see `stats.status`.
+        `‖f(z) - z‖₂ / (ε + ‖f(z)‖₂)`; with `return_stats` the pair `(z*, stats)`. With `sample_at`
+        there is one more at the end, the tuple of states. A tolerance that was not reached or a
+        sample that became NaN raises nothing: see `stats.status`.
 
     Raises:
         ValueError: f returns another structure, shape or dtype than z; the batch is empty; leaves
-            disagree about it; the probe does not fit the batch.
-        TypeError: the state is not floating; `solver`, `gradient` or the probe is something else.
+            disagree about it; the probe does not fit the batch or the policy; `sample_at` is not
+            increasing or beyond `max_iter`.
+        TypeError: the state is not floating; `solver`, `gradient` or the probe is something else,
+            or they do not go together.
 
     Source: Bai, Kolter and Koltun, "Deep equilibrium models", 2019; "Deep Implicit Layers", ch. 4.
     """
     check_solver("solver", solver)
-    if not isinstance(gradient, Implicit):
-        raise TypeError(f"gradient must be a policy such as Implicit(), got {gradient!r}")
+    check_policy("gradient", gradient)
+    sample_at = tuple(sample_at)
+    check_samples(sample_at, solver)
+    policies = (gradient, *_sample_policies(sample_at, sample_gradient, gradient))
     z0 = initial_state(x, z0, batched)
     _check_probe(backward_probe, z0, batched)
-    solution = _run(f, solver, gradient, batched, params, x, z0, backward_probe)
-    return tuple(solution) if return_stats else solution.value
+    task = Task(solver, policies, batched, sample_at)
+    value, stats, samples, _ = run(f, task, params, x, z0, backward_probe)
+    return returned(value, stats, samples, return_stats)
 
 
 def solve_fixed_point(
@@ -100,8 +106,8 @@ def solve_fixed_point(
     """
     check_solver("solver", solver)
     z0 = initial_state(x, z0, batched)
-    solution = _run(f, solver, None, batched, params, x, z0, None)
-    return Solution(*solution)
+    value, stats, *_ = run(f, Task(solver, (), batched, ()), params, x, z0, None)
+    return Solution(value, stats)
 
 
 def solve_adjoint(
@@ -111,12 +117,13 @@ def solve_adjoint(
     z: PyTree,
     cotangent: PyTree,
     *,
-    solver: Solver = Anderson(),  # noqa: B008  (frozen)
+    solver: Solver | LinearSolver = Anderson(),  # noqa: B008  (frozen)
     batched: bool = True,
 ) -> Solution:
     """Solves `u = Jᵀ u + y`, J = ∂f/∂z at `z`: the backward pass by itself, to look at.
 
-    Compiled anew at every eager call; put `jax.jit` around it to call it often.
+    Compiled anew at every eager call; put `jax.jit` around it to call it often. No gradient flows
+    through it.
 
     Args:
         f: as for `deq_fixed_point`.
@@ -124,7 +131,8 @@ def solve_adjoint(
         x: as for `deq_fixed_point`.
         z: the point of linearisation, usually a solution; leaves `[B, ...]`.
         cotangent: y, like `z`.
-        solver: solver of the linear system; with `trace=True` the stats hold its residuals.
+        solver: solver of the linear system, `GMRES(...)` and `BiCGStab(...)` among them; where it
+            has `trace=True` the stats hold its residuals.
         batched: as for `deq_fixed_point`.
 
     Returns:
@@ -133,7 +141,8 @@ def solve_adjoint(
     Raises:
         ValueError, TypeError: as for `deq_fixed_point`, and if `cotangent` is not like `z`.
     """
-    check_solver("solver", solver)
+    if not is_linear_solver(solver):
+        check_solver("solver", solver)
     z = initial_state(x, z, batched)
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (z, cotangent)]
     if shapes[0] != shapes[1]:
@@ -142,11 +151,22 @@ def solve_adjoint(
     equation, captured = trace_equation(f, params, x, z, batched=batched)
     if not batched:
         z, cotangent = add_batch_axis(z), add_batch_axis(cotangent)
-    z, cotangent = tree.vary_with((z, cotangent), captured)
+    detached = jax.lax.stop_gradient((z, cotangent, captured.variables))
+    captured = captured._replace(variables=detached[2])
+    z, cotangent = tree.vary_with(detached[:2], captured)
     _, pullback = jax.vjp(lambda z: equation(captured, z), z)
-    product, residuals = trace(lambda u: pullback(u)[0], cotangent)
-    solution = linear_fixed_point(product, solver, *residuals, cotangent)
-    return solution if batched else _without_batch_axis(solution)
+    product = prepare(*trace(lambda u: pullback(u)[0], cotangent))
+    u, stats = SolvedInverse(solver)(product, cotangent, None, report=True)
+    return Solution(u, stats) if batched else Solution(drop_batch_axis(u), stats.single())
+
+
+def returned(
+    value: PyTree, stats: SolveStats, samples: tuple[PyTree, ...], return_stats: bool
+) -> PyTree | tuple[PyTree, ...]:
+    """What a layer returns: the value, and behind it what else was asked for."""
+    if not (return_stats or samples):
+        return value
+    return (value, *[stats] * return_stats, *[samples] * bool(samples))
 
 
 def _check_probe(probe: Any, z0: PyTree, batched: bool) -> None:
@@ -164,93 +184,24 @@ def _check_probe(probe: Any, z0: PyTree, batched: bool) -> None:
         )
 
 
-def _run(
-    f: Cell,
-    solver: Solver,
-    gradient: Implicit | None,
-    batched: bool,
-    params: PyTree,
-    x: PyTree,
-    z0: PyTree,
-    probe: BackwardProbe | None,
-) -> Solution:
-    """Solves through a compiled function that is kept for f, wherever that is safe.
-
-    Compiled code kept for f must not have captured arrays of a transformation that has ended. At
-    top level none exists. Inside one (`grad`, `vmap`, `jit`), f is traced here and now to see
-    whether it captures any; if it does, what was traced is solved on the spot.
-    """
-    if not _at_top_level():
-        equation, captured = trace_equation(f, params, x, z0, batched=batched)
-        passed = {id(leaf) for leaf in jax.tree.leaves((params, x))}
-        if any(
-            isinstance(value, jax.core.Tracer) and id(value) not in passed
-            for value in (*captured.variables, *captured.constants)
-        ):
-            return _solve(equation, captured, z0, probe, solver, gradient, batched)
-    try:
-        compiled = _compiled(f, solver, gradient, batched)
-    except TypeError:  # f or the solver cannot be hashed, so nothing can be kept for it
-        equation, captured = trace_equation(f, params, x, z0, batched=batched)
-        return _solve(equation, captured, z0, probe, solver, gradient, batched)
-    return compiled(params, x, z0, probe)
-
-
-def _top_level_state() -> Any:
-    with jax.core.eval_context():
-        return get_opaque_trace_state()
-
-
-_TOP_LEVEL = _top_level_state()
-
-
-def _at_top_level() -> bool:
-    """No transformation is under way."""
-    return get_opaque_trace_state() == _TOP_LEVEL
-
-
-@functools.lru_cache(maxsize=128)
-def _compiled(f: Cell, solver: Solver, gradient: Implicit | None, batched: bool) -> Any:
-    """The jitted solve of f. The cache is bounded, because it keeps f and what f holds alive."""
-
-    def solve(params: PyTree, x: PyTree, z0: PyTree, probe: BackwardProbe | None) -> Solution:
-        equation, captured = trace_equation(f, params, x, z0, batched=batched)
-        return _solve(equation, captured, z0, probe, solver, gradient, batched)
-
-    return jax.jit(solve)
-
-
-def _solve(
-    equation: Traced,
-    captured: Captured,
-    z0: PyTree,
-    probe: BackwardProbe | None,
-    solver: Solver,
-    gradient: Implicit | None,
-    batched: bool,
-) -> Solution:
-    if not batched:
-        z0 = add_batch_axis(z0)
-        probe = None if probe is None else BackwardProbe(*map(jnp.atleast_1d, probe[:3]), probe[3])
-    z0 = tree.vary_with(z0, captured)
-    if gradient is None:
-        prepared = prepare(equation, captured)
-        solution = iterate(prepared, z0, solver, mesh_axes=prepared.mesh_axes)
-        solution = jax.lax.stop_gradient(solution)
+def _sample_policies(
+    sample_at: tuple[int, ...], given: Any, default: GradientPolicy
+) -> tuple[GradientPolicy, ...]:
+    """One policy for each sample."""
+    if not isinstance(given, tuple | list):
+        policies = (default if given is None else given,) * len(sample_at)
+    elif len(given) != len(sample_at):
+        raise ValueError(
+            f"sample_gradient must hold one policy for each of the {len(sample_at)} samples, "
+            f"got {len(given)}"
+        )
     else:
-        solution = gradient.solve(equation, captured, z0, solver, probe)
-    return solution if batched else _without_batch_axis(solution)
-
-
-def _without_batch_axis(solution: Solution) -> Solution:
-    """The solution of a batch of one without its batch axis."""
-    stats = solution.stats
-    return Solution(
-        drop_batch_axis(solution.value),
-        stats._replace(
-            residual=stats.residual[0],
-            iterations=stats.iterations[0],
-            status=stats.status[0],
-            trace=None if stats.trace is None else stats.trace[:, 0],
-        ),
-    )
+        policies = tuple(given)
+    for policy in policies:
+        check_policy("sample_gradient", policy)
+        if isinstance(default, AtSolution) and not isinstance(policy, AtSolution):
+            raise TypeError(
+                f"sample_gradient={policy!r} differentiates the solver itself and goes only with "
+                f"the same gradient, got gradient={default!r}"
+            )
+    return policies

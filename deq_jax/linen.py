@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from deq_jax.fixed_point import deq_fixed_point
+from deq_jax.fixed_point import deq_fixed_point, returned
 from deq_jax.gradients.implicit import Implicit
+from deq_jax.gradients.policy import GradientPolicy
 from deq_jax.solvers.anderson import Anderson
 from deq_jax.solvers.loop import Solver, iterate
 from deq_jax.solvers.picard import Picard
-from deq_jax.stats import BackwardProbe, SolveStats
+from deq_jax.stats import BackwardProbe
 
 PyTree = Any
 
@@ -37,7 +38,7 @@ class DEQ(nn.Module):
 
     cell: nn.Module
     solver: Solver = Anderson()
-    gradient: Implicit = Implicit()
+    gradient: GradientPolicy = Implicit()
     batched: bool = True
     rng_streams: tuple[str, ...] = ("dropout",)
 
@@ -49,22 +50,23 @@ class DEQ(nn.Module):
         *,
         return_stats: bool = False,
         backward_probe: BackwardProbe | None = None,
+        sample_at: tuple[int, ...] = (),
+        sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
         **kwargs: Any,
-    ) -> PyTree | tuple[PyTree, SolveStats]:
+    ) -> PyTree | tuple[PyTree, ...]:
         """Solves for z*; `kwargs`, hashable, go to the cell; the rest as `deq_fixed_point`."""
         has_injection = callable(getattr(type(self.cell), "inject", None))
         injection = self.cell.inject(x) if has_injection else x
         if self.is_initializing():
             start = jax.tree.map(jnp.zeros_like, injection) if z0 is None else z0
             z = self.cell(start, injection, **kwargs)
-            if not return_stats:
-                return z
-            return z, iterate(lambda _: z, z, Picard(max_iter=1)).stats
+            stats = iterate(lambda _: z, z, Picard(max_iter=1)).stats
+            return returned(z, stats, (z,) * len(sample_at), return_stats)
 
         cell, variables = self.cell.unbind()
         rngs = {name: self.make_rng(name) for name in self.rng_streams if self.has_rng(name)}
         changing = tuple(name for name in variables if name != "params")
-        z, stats = deq_fixed_point(
+        z, stats, *samples = deq_fixed_point(
             _Apply(cell, changing, tuple(sorted(kwargs.items()))),
             (variables, rngs),
             injection,
@@ -74,10 +76,12 @@ class DEQ(nn.Module):
             batched=self.batched,
             return_stats=True,
             backward_probe=backward_probe,
+            sample_at=sample_at,
+            sample_gradient=sample_gradient,
         )
         if changing or self.is_mutable_collection("intermediates"):
             self.cell(*jax.lax.stop_gradient((z, injection)), **kwargs)
-        return (z, stats) if return_stats else z
+        return returned(z, stats, *(samples or [()]), return_stats)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from deq_jax.fixed_point import deq_fixed_point
+from deq_jax.fixed_point import deq_fixed_point, returned
 from deq_jax.gradients.implicit import Implicit
+from deq_jax.gradients.policy import GradientPolicy
 from deq_jax.solvers.anderson import Anderson
 from deq_jax.solvers.loop import Solver
-from deq_jax.stats import BackwardProbe, SolveStats
+from deq_jax.stats import BackwardProbe
 
 PyTree = Any
 
@@ -40,7 +41,7 @@ class DEQ(nnx.Module):
         cell: nnx.Module,
         *,
         solver: Solver = Anderson(),  # noqa: B008  (frozen)
-        gradient: Implicit = Implicit(),  # noqa: B008  (frozen)
+        gradient: GradientPolicy = Implicit(),  # noqa: B008  (frozen)
         batched: bool = True,
     ):
         if not callable(cell):
@@ -57,12 +58,14 @@ class DEQ(nnx.Module):
         *,
         return_stats: bool = False,
         backward_probe: BackwardProbe | None = None,
-    ) -> PyTree | tuple[PyTree, SolveStats]:
+        sample_at: tuple[int, ...] = (),
+        sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+    ) -> PyTree | tuple[PyTree, ...]:
         """Solves for z*; arguments, returns and errors as `deq_fixed_point`."""
         has_injection = callable(getattr(type(self.cell), "inject", None))
         injection = self.cell.inject(x) if has_injection else x
         definition, params, rest = nnx.split(self.cell, nnx.Param, ...)
-        z, stats = deq_fixed_point(
+        z, stats, *samples = deq_fixed_point(
             _Apply(definition),
             (params, rest),
             injection,
@@ -72,10 +75,12 @@ class DEQ(nnx.Module):
             batched=self.batched,
             return_stats=True,
             backward_probe=backward_probe,
+            sample_at=sample_at,
+            sample_gradient=sample_gradient,
         )
         if jax.tree.leaves(rest):
             self.cell(*jax.lax.stop_gradient((z, injection)))
-        return (z, stats) if return_stats else z
+        return returned(z, stats, *(samples or [()]), return_stats)
 
 
 @dataclasses.dataclass(frozen=True)

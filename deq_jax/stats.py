@@ -30,6 +30,8 @@ class SolveStats(NamedTuple):
         evaluations: int32, how often f was evaluated on the batch; the largest of `iterations`.
         trace: `[max_iter, B]`, the residual at each evaluation, NaN after the sample's stop;
             None unless the solver has `trace=True`.
+        products: int32, how often a Jacobian-vector product was computed on the batch, apart from
+            the evaluations; None for solvers that use none.
     """
 
     residual: jax.Array
@@ -37,11 +39,21 @@ class SolveStats(NamedTuple):
     status: jax.Array
     evaluations: jax.Array
     trace: jax.Array | None = None
+    products: jax.Array | None = None
 
     @property
     def converged(self) -> jax.Array:
         """`[B]` boolean: the sample met its tolerance."""
         return self.status == Status.CONVERGED
+
+    def single(self) -> "SolveStats":
+        """The report of a batch of one without its batch axis."""
+        return self._replace(
+            residual=self.residual[0],
+            iterations=self.iterations[0],
+            status=self.status[0],
+            trace=None if self.trace is None else self.trace[:, 0],
+        )
 
 
 class Solution(NamedTuple):
@@ -85,4 +97,8 @@ class BackwardProbe(NamedTuple):
     @classmethod
     def of(cls, stats: SolveStats) -> "BackwardProbe":
         """The report `stats` in the form of a probe's cotangent."""
-        return cls(*(field.astype(jnp.float32) for field in stats[:4]))
+        total = stats.evaluations
+        if stats.products is not None:
+            total = total + stats.products
+        fields = (stats.residual, stats.iterations, stats.status, total)
+        return cls(*(field.astype(jnp.float32) for field in fields))

@@ -7,6 +7,7 @@ float32, or in the leaf's own precision where that is wider.
 For whole-tree arithmetic without a batch use `optax.tree`; what stands here is what it lacks.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -107,6 +108,34 @@ def flatten_samples(a: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1), a)
 
 
+def pack(a: PyTree) -> jax.Array:
+    """Each sample as one vector, `[B, D]`: all leaves behind one another, at least float32.
+
+    Solvers that work on it take the same steps, to the last bit, for an array and for the same
+    array split into leaves. The batch axis, and a sharding of it, survive.
+    """
+    leaves = jax.tree.leaves(flatten_samples(a))
+    dtype = tree_accumulation_dtype(a)
+    if any(jnp.iscomplexobj(leaf) for leaf in leaves):
+        dtype = jnp.result_type(dtype, jnp.complex64)
+    leaves = [leaf.astype(dtype) for leaf in leaves]
+    return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves, axis=1)
+
+
+def unpack(packed: jax.Array, like: PyTree) -> PyTree:
+    """The inverse of `pack`, in the shapes and dtypes of `like`."""
+    leaves, structure = jax.tree.flatten(like)
+    sizes = [math.prod(leaf.shape[1:]) for leaf in leaves]
+    parts = lax.split(packed, sizes, axis=1)
+
+    def restore(part: jax.Array, leaf: jax.Array) -> jax.Array:
+        if jnp.iscomplexobj(part) and not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            part = part.real
+        return part.astype(leaf.dtype).reshape(leaf.shape)
+
+    return structure.unflatten(map(restore, parts, leaves))
+
+
 def zeros_per_sample(a: PyTree) -> jax.Array:
     """Zeros `[B]` in the accumulation dtype, made from the data of `a`.
 
@@ -125,7 +154,7 @@ def vary_with(a: PyTree, others: PyTree) -> PyTree:
 
     Inside `shard_map` the start of a loop must vary as the loop's body makes it vary: over the
     axes of all that f uses, not of its own data alone (zeros vary over none). Elsewhere this is
-    `a` itself. No gradient flows through it.
+    `a` itself. Differentiable: the cotangent is summed over the axes that were added.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return a
@@ -135,4 +164,5 @@ def vary_with(a: PyTree, others: PyTree) -> PyTree:
             leaf = jax.random.key_data(leaf)
         empty = jnp.real(jnp.asarray(leaf).reshape(-1)[:0])
         nothing = nothing + jnp.sum(empty).astype(nothing.dtype)
-    return lax.stop_gradient(jax.tree.map(lambda leaf: leaf + nothing.astype(leaf.dtype), a))
+    nothing = lax.stop_gradient(nothing)
+    return jax.tree.map(lambda leaf: leaf + nothing.astype(leaf.dtype), a)

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from deq_jax.equation import Captured, Traced
+from deq_jax.equation import Captured, Traced, trace
 from deq_jax.gradients.operations import (
     Operation,
     Program,
@@ -49,14 +49,24 @@ class Prepared:
         function: the function.
         mesh_axes: names of the axes over which it communicates; a loop around it has to make as
             many trips on every device along them.
+        source: the traced function and its captured arrays, where it was made from them.
+        differentiable: it may be differentiated, because nothing was done to it.
     """
 
     function: Callable[[PyTree], PyTree]
     mesh_axes: tuple[str, ...]
+    source: tuple[Traced, Captured] | None = None
+    differentiable: bool = False
 
     def __call__(self, z: PyTree) -> PyTree:
         """The function at z."""
         return self.function(z)
+
+    def linearize(self, z: PyTree) -> tuple[PyTree, "Prepared"]:
+        """The function at z, and its derivative there, made ready for a loop in its turn."""
+        traced, captured = self.source
+        fz, push = jax.linearize(lambda z: traced(captured, z), z)
+        return fz, prepare(*trace(push, z))
 
 
 def prepare(traced: Traced, captured: Captured) -> Prepared:
@@ -90,7 +100,12 @@ def prepare(traced: Traced, captured: Captured) -> Prepared:
                 run(op, values)
         return traced.out_tree.unflatten([read(value, values) for value in program.outputs])
 
-    return Prepared(prepared, mesh_axes(in_loop))
+    return Prepared(prepared, mesh_axes(in_loop), (traced, captured))
+
+
+def communicates(traced: Traced, captured: Captured) -> tuple[str, ...]:
+    """Names of the axes over which the function communicates."""
+    return mesh_axes(flatten(traced.jaxpr, traced.values(captured)).operations)
 
 
 def _split(program: Program) -> tuple[list[Operation], list[Value]]:

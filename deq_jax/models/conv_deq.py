@@ -19,6 +19,7 @@ from flax import nnx
 from deq_jax.cells.resnet import ResNetCell
 from deq_jax.checks import check_count
 from deq_jax.gradients.implicit import Implicit
+from deq_jax.gradients.policy import GradientPolicy
 from deq_jax.nnx import DEQ
 from deq_jax.solvers.anderson import Anderson
 from deq_jax.solvers.loop import Solver
@@ -106,7 +107,7 @@ class ConvDEQ(_ImageClassifier):
         self,
         *,
         solver: Solver = Anderson(tol=1e-2, max_iter=25),  # noqa: B008  (frozen)
-        gradient: Implicit = Implicit(),  # noqa: B008  (frozen)
+        gradient: GradientPolicy = Implicit(),  # noqa: B008  (frozen)
         rngs: nnx.Rngs,
         **network: Any,
     ):

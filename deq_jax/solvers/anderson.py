@@ -15,6 +15,7 @@ from jax import lax
 from jax.scipy.linalg import cho_solve
 
 from deq_jax import checks, tree
+from deq_jax.solvers import columns
 
 PyTree = Any
 
@@ -27,9 +28,6 @@ _BLOW_UP = 1e3
 
 class AndersonState(NamedTuple):
     """The window, a ring of `history` slots in any order.
-
-    Leaves are kept flat behind the batch axis. In the state's own shape XLA (0.10, CPU) reshaped
-    the window for the products and, to do so, copied all of it eight times an iteration.
 
     Attributes:
         residuals: leaves `[B, history, D]`, `g_i = f(z_i) - z_i`.
@@ -100,15 +98,11 @@ class Anderson:
         """An empty window."""
         zeros = tree.zeros_per_sample(z)
 
-        def empty(leaf: jax.Array) -> jax.Array:
-            slots = jnp.zeros((leaf.shape[0], self.history, leaf.shape[1]), leaf.dtype)
-            return slots + tree.over_samples(zeros, slots).astype(leaf.dtype)
-
         flat = tree.flatten_samples(z)
         row = zeros[:, None] + jnp.zeros(self.history, zeros.dtype)
         return AndersonState(
-            residuals=jax.tree.map(empty, flat),
-            targets=jax.tree.map(empty, flat),
+            residuals=columns.empty(flat, self.history),
+            targets=columns.empty(flat, self.history),
             gram=row[:, :, None] + jnp.zeros(self.history, zeros.dtype),
             filled=row > 0,
             lowest=zeros + jnp.inf,
@@ -121,21 +115,23 @@ class Anderson:
         z, fz = tree.flatten_samples(z), tree.flatten_samples(fz)
         g = tree.subtract(fz, z)
         plain = fz if self.mixing == 1.0 else tree.add(z, tree.scale(self.mixing, g))
-        residuals = _store(state.residuals, g, state.slot)
-        targets = _store(state.targets, plain, state.slot)
+        residuals = columns.store(state.residuals, g, state.slot)
+        targets = columns.store(state.targets, plain, state.slot)
 
-        row = _inner_products(residuals, g)
+        row = columns.inner_products(residuals, g)
         gram = lax.dynamic_update_index_in_dim(state.gram, row, state.slot, 1)
         gram = lax.dynamic_update_index_in_dim(gram, row, state.slot, 2)
-        size = jnp.sqrt(lax.dynamic_index_in_dim(row, state.slot, 1, keepdims=False))
+        # What only decides has no derivative: that of a root at zero would be infinite.
+        size = lax.stop_gradient(row)
+        size = jnp.sqrt(lax.dynamic_index_in_dim(size, state.slot, 1, keepdims=False))
         newest = jnp.arange(self.history, dtype=state.slot.dtype) == state.slot
         blown_up = size > _BLOW_UP * state.lowest
         filled = newest | (state.filled & ~blown_up[:, None])
 
         weights, solved = _minimiser(gram, filled, self.ridge)
         weights = jnp.where(solved[:, None], weights, newest.astype(weights.dtype))
-        proposal = _combine(weights, targets)
-        moved = tree.norm(tree.subtract(proposal, z))
+        proposal = columns.combine(weights, targets)
+        moved = tree.norm(lax.stop_gradient(tree.subtract(proposal, z)))
         proposal = tree.where(moved < _STAGNATION * size, plain, proposal)
         proposal = jax.tree.map(lambda p, z: p.reshape(z.shape), proposal, original)
         return proposal, AndersonState(
@@ -146,35 +142,6 @@ class Anderson:
             lowest=jnp.minimum(state.lowest, size),
             slot=(state.slot + 1) % self.history,
         )
-
-
-def _store(window: PyTree, values: PyTree, slot: jax.Array) -> PyTree:
-    """Writes `values` `[B, D]` into one slot of the window `[B, m, D]`."""
-    return jax.tree.map(
-        lambda window, leaf: lax.dynamic_update_index_in_dim(window, leaf, slot, 1), window, values
-    )
-
-
-def _inner_products(window: PyTree, values: PyTree) -> jax.Array:
-    """`⟨window_i, values⟩` over all leaves of each sample, `[B, m]`."""
-    dtype = tree.tree_accumulation_dtype(values)
-
-    def leaf_products(window: jax.Array, leaf: jax.Array) -> jax.Array:
-        def real_products(a: jax.Array, b: jax.Array) -> jax.Array:
-            # Full precision: accelerators would take float32 products in fewer bits by default.
-            return lax.dot_general(
-                a,
-                b,
-                (((2,), (1,)), ((0,), (0,))),
-                lax.Precision.HIGHEST,
-                preferred_element_type=dtype,
-            )
-
-        if jnp.iscomplexobj(leaf):
-            return real_products(window.real, leaf.real) + real_products(window.imag, leaf.imag)
-        return real_products(window, leaf)
-
-    return sum(jax.tree.leaves(jax.tree.map(leaf_products, window, values)))
 
 
 def _minimiser(gram: jax.Array, filled: jax.Array, ridge: float) -> tuple[jax.Array, jax.Array]:
@@ -203,19 +170,3 @@ def _minimiser(gram: jax.Array, filled: jax.Array, ridge: float) -> tuple[jax.Ar
     weights = w / jnp.where(total > 0, total, 1)
     solved = jnp.isfinite(weights).all(1) & (total[:, 0] > 0)
     return weights, solved
-
-
-def _combine(weights: jax.Array, window: PyTree) -> PyTree:
-    """`Σ_i weights_i window_i` for each sample, in the window's dtypes."""
-
-    def leaf_combine(window: jax.Array) -> jax.Array:
-        dtype = tree.working_dtype(window.dtype)
-        combined = lax.dot_general(
-            weights.astype(dtype),
-            window.astype(dtype),
-            (((1,), (1,)), ((0,), (0,))),
-            lax.Precision.HIGHEST,
-        )
-        return combined.astype(window.dtype)
-
-    return jax.tree.map(leaf_combine, window)

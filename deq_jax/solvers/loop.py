@@ -1,4 +1,4 @@
-"""The one `while_loop` that every solver runs in.
+"""The one loop that every solver runs in: a `lax.while_loop`, or scans to be differentiated.
 
 A solver is an update rule: from the points seen so far it proposes the next one. All the rest is
 here and is the same for all: the evaluation of f, residuals, each sample's own stop and status,
@@ -8,6 +8,8 @@ Known to be non-optimal: a finished sample is frozen, but f is still evaluated o
 sample of the batch has stopped.
 """
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax import tree
-from deq_jax.stats import Solution, SolveStats, Status
+from deq_jax.stats import SolveStats, Status
 
 PyTree = Any
 
@@ -27,6 +29,10 @@ EPSILON = 1e-9
 @runtime_checkable
 class Solver(Protocol):
     """What a solver has to have; any hashable object with these runs in `iterate`.
+
+    A solver that uses more than the values of f sets `linearizes = True`. Its step then receives
+    two keyword arguments, `product`, the map `v -> ∂f/∂z v` at z, and `active`, `[B]`, the samples
+    still wanted, and it has a method `products(state)` that tells how many products it computed.
 
     Attributes:
         tol: bound on the relative residual.
@@ -67,6 +73,34 @@ def check_solver(name: str, solver: Any) -> None:
         )
 
 
+def check_samples(sample_at: tuple[int, ...], solver: Solver) -> None:
+    """Raises unless `sample_at` are increasing numbers of evaluations that `solver` can reach."""
+    if not all(isinstance(number, int) and not isinstance(number, bool) for number in sample_at):
+        raise TypeError(f"sample_at must hold integers, got {sample_at!r}")
+    bounds = (0, *sample_at, solver.max_iter + 1)
+    if any(later <= earlier for earlier, later in itertools.pairwise(bounds)):
+        raise ValueError(
+            "sample_at must be increasing numbers of evaluations, between 1 and max_iter = "
+            f"{solver.max_iter}, got {sample_at!r}"
+        )
+
+
+class Run(NamedTuple):
+    """All that a run of the loop leaves behind.
+
+    Attributes:
+        value: per sample the iterate with the lowest residual, leaves `[B, ...]`.
+        stats: its report.
+        samples: the states at the evaluations `sample_at`, like `value` each.
+        solver_state: the solver's own state at the end.
+    """
+
+    value: PyTree
+    stats: SolveStats
+    samples: tuple[PyTree, ...]
+    solver_state: PyTree
+
+
 class _Carry(NamedTuple):
     proceed: jax.Array  # bool []
     evaluations: jax.Array  # int32 []
@@ -78,6 +112,7 @@ class _Carry(NamedTuple):
     iterations: jax.Array  # int32 [B]
     status: jax.Array  # int32 [B]
     trace: jax.Array | None  # [max_iter, B]
+    samples: PyTree  # [number of samples + 1, B, ...], the last row for what nobody asked for
 
 
 def iterate(
@@ -87,7 +122,9 @@ def iterate(
     *,
     reference: jax.Array | None = None,
     mesh_axes: tuple[str, ...] = (),
-) -> Solution:
+    sample_at: tuple[int, ...] = (),
+    unrolled: bool = False,
+) -> Run:
     """Solves `z = f(z)` for every sample, from `z0`, by `solver`.
 
     Each trip evaluates f once. A sample stops when its residual
@@ -98,37 +135,50 @@ def iterate(
     finite. The loop ends when no sample is active or after `max_iter` evaluations.
 
     Args:
-        f: function of the state alone; returns its structure, shapes and dtypes.
+        f: function of the state alone; returns its structure, shapes and dtypes. For a solver that
+            linearises it has a method `linearize(z) -> (f(z), product)`.
         z0: the start, inexact leaves `[B, ...]`.
         solver: the update rule and the bounds.
         reference: `[B]`, stands for `‖f(z)‖₂` in the residual where given; a linear system
-            `u = Jᵀu + y` is measured against `‖y‖`.
+            `u = Jᵀu + y` is measured against `‖y‖`. If it is zero throughout, the start, which
+            must be zero too, is the solution, and nothing is evaluated.
         mesh_axes: axes of a `shard_map` over which f communicates. Devices along them go on
             together until none has an active sample; along others each stops by itself.
+        sample_at: numbers of evaluations, increasing, counted from 1; the points evaluated then
+            are returned too. Samples that had stopped give their final state.
+        unrolled: make the loop out of `scan`, so that it can be differentiated in reverse.
 
     Returns:
-        Per sample the iterate with the lowest residual, and the residual of exactly that iterate.
+        `Run`: per sample the iterate with the lowest residual, and the residual of exactly it.
     """
     zeros = tree.zeros_per_sample(z0)
     count = zeros.astype(jnp.int32)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), z0)
+    linearizes = getattr(solver, "linearizes", False)
+    rows = jnp.asarray(sample_at, jnp.int32)
 
     def any_active(active: jax.Array) -> jax.Array:
         more = jnp.any(active)
         return lax.pmax(more.astype(jnp.int32), mesh_axes) > 0 if mesh_axes else more
 
+    needed = count == 0
+    if reference is not None:  # one for all: a product may carry from one sample to another
+        needed &= any_active(reference != 0)
     start = _Carry(
-        proceed=any_active(count == 0),
+        proceed=any_active(needed),
         evaluations=count.sum(dtype=jnp.int32),
         z=z0,
         solver_state=solver.init(z0, shapes),
-        active=count == 0,
+        active=needed,
         best=z0,
-        best_residual=zeros + jnp.inf,
+        best_residual=jnp.where(needed, zeros + jnp.inf, 0),
         iterations=count,
-        status=count + int(Status.MAX_ITER),
+        status=jnp.where(needed, count + int(Status.MAX_ITER), count + int(Status.CONVERGED)),
         trace=jnp.broadcast_to(zeros + jnp.nan, (solver.max_iter, *zeros.shape))
         if solver.trace
+        else None,
+        samples=jax.tree.map(lambda z: jnp.stack([0 * z] * (len(sample_at) + 1)), z0)
+        if sample_at
         else None,
     )
 
@@ -137,9 +187,9 @@ def iterate(
 
     def body(carry: _Carry) -> _Carry:
         z, active = carry.z, carry.active
-        fz = f(z)
-        absolute = tree.norm(tree.subtract(fz, z))
-        size = tree.norm(fz) if reference is None else reference
+        fz, product = f.linearize(z) if linearizes else (f(z), None)
+        absolute, size = _norms(z, fz)
+        size = size if reference is None else reference
         # Against a reference of zero (a zero cotangent) nothing is left to divide by.
         guarded = size + EPSILON if reference is None else jnp.where(size > 0, size, 1)
         residual = absolute / guarded
@@ -156,11 +206,21 @@ def iterate(
         status = jnp.where(diverged, int(Status.DIVERGED), status)
         still_active = active & ~converged & ~diverged
 
-        proposal, solver_state = solver.step(z, fz, carry.solver_state)
-        trace = carry.trace
+        given = (z, fz, carry.solver_state)
+        if linearizes:
+            wanted = still_active & (carry.evaluations + 1 < solver.max_iter)
+            proposal, solver_state = solver.step(*given, product=product, active=wanted)
+        else:
+            proposal, solver_state = solver.step(*given)
+        trace, samples = carry.trace, carry.samples
         if trace is not None:
             row = jnp.where(active, residual, jnp.nan)
             trace = lax.dynamic_update_index_in_dim(trace, row, carry.evaluations, 0)
+        if samples is not None:
+            row = jnp.sum(rows <= carry.evaluations)  # overwritten until its evaluation has come
+            samples = jax.tree.map(
+                lambda samples, z: lax.dynamic_update_index_in_dim(samples, z, row, 0), samples, z
+            )
         return _Carry(
             proceed=any_active(still_active),
             evaluations=carry.evaluations + 1,
@@ -173,10 +233,54 @@ def iterate(
             iterations=carry.iterations + active.astype(jnp.int32),
             status=status,
             trace=trace,
+            samples=samples,
         )
 
-    end = lax.while_loop(proceed, body, start)
-    return Solution(
-        end.best,
-        SolveStats(end.best_residual, end.iterations, end.status, end.evaluations, end.trace),
+    if unrolled:
+        end = _scan(proceed, body, start, solver.max_iter)
+    else:
+        end = lax.while_loop(proceed, body, start)
+    products = solver.products(end.solver_state) if linearizes else None
+    stats = SolveStats(
+        end.best_residual, end.iterations, end.status, end.evaluations, end.trace, products
     )
+    samples = tuple(
+        tree.where(
+            (end.evaluations < number)
+            | ((end.status == int(Status.DIVERGED)) & (end.iterations <= number)),
+            end.best,
+            jax.tree.map(lambda samples, index=index: samples[index], end.samples),
+        )
+        for index, number in enumerate(sample_at)
+    )
+    return Run(end.best, stats, samples, end.solver_state)
+
+
+def _norms(z: PyTree, fz: PyTree) -> tuple[jax.Array, jax.Array]:
+    """`‖f(z) - z‖` and `‖f(z)‖`, without derivatives: a root at zero would have an infinite one."""
+    z, fz = lax.stop_gradient((z, fz))
+    return tree.norm(tree.subtract(fz, z)), tree.norm(fz)
+
+
+def _scan(
+    proceed: Callable[[_Carry], jax.Array],
+    body: Callable[[_Carry], _Carry],
+    start: _Carry,
+    length: int,
+) -> _Carry:
+    """`lax.while_loop(proceed, body, start)` of at most `length` trips, out of scans.
+
+    Two levels of about √length trips, both checkpointed: backpropagation stores 2 √length carries
+    and the insides of one trip, and computes every trip twice more.
+    """
+
+    def trip(carry: _Carry, _: None) -> tuple[_Carry, None]:
+        return lax.cond(proceed(carry), body, lambda carry: carry, carry), None
+
+    inner = math.isqrt(length - 1) + 1
+
+    def block(carry: _Carry, _: None) -> tuple[_Carry, None]:
+        return lax.scan(jax.checkpoint(trip, prevent_cse=False), carry, length=inner)
+
+    block = jax.checkpoint(block, prevent_cse=False)
+    return lax.scan(block, start, length=-(-length // inner))[0]

@@ -1,0 +1,214 @@
+"""The linear system behind a gradient, `w = A w + b` with A = J or Jᵀ, J = ∂f/∂z at the solution.
+
+`solve_system` is one `lax.custom_linear_solve`: JAX derives from it the tangents, the transposes
+and the derivatives of derivatives of the solution. (Inside `shard_map`, where that does not work,
+it is a `custom_vjp`, in reverse mode only.) What solves the system, exactly or as a cheap
+approximation, is an `Inverse`; the choice of it is what tells the gradient policies apart.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deq_jax import tree
+from deq_jax.equation import Captured, Traced, trace
+from deq_jax.gradients.prepared import Prepared, prepare
+from deq_jax.solvers.broyden import InverseJacobian
+from deq_jax.solvers.krylov import LinearSolver
+from deq_jax.solvers.loop import Solver, iterate
+from deq_jax.stats import BackwardProbe, Solution
+
+PyTree = Any
+
+
+class Inverse(Protocol):
+    """How `w = A w + b` is solved; hashable."""
+
+    def __call__(
+        self, product: Prepared, b: PyTree, start: PyTree | None, report: bool
+    ) -> Solution:
+        """Solution w and its report, from products with A.
+
+        Args:
+            product: `w -> A w`.
+            b: leaves `[B, ...]`.
+            start: a first guess of w, if there is one.
+            report: the stats will be read; where they cost extra they may be left at NaN else.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class SolvedInverse:
+    """The system solved by a fixed-point or a linear solver.
+
+    Samples with b = 0 have w = 0 and are not iterated on.
+    """
+
+    solver: Solver | LinearSolver
+
+    def __call__(
+        self, product: Prepared, b: PyTree, start: PyTree | None, report: bool
+    ) -> Solution:
+        """See `Inverse`."""
+        # A power of two brings b to unit size without rounding: squares of a small cotangent (a
+        # mean over batch and pixels, half precision) would underflow in the norms. One factor for
+        # the whole batch, on all devices: A may mix samples, and w = A w + b has one scale.
+        size = tree.largest(b)
+        size = jnp.max(jnp.where(jnp.isfinite(size), size, 0))
+        if product.mesh_axes:
+            size = lax.pmax(size, product.mesh_axes)
+        limits = jnp.finfo(size.dtype)
+        _, exponent = jnp.frexp(jnp.where(size > 0, size, 1))
+        exponent = jnp.clip(exponent, limits.minexp + 2, limits.maxexp - 2)
+        one = jnp.ones((), size.dtype)
+        shrink = jnp.ldexp(one, -exponent)
+        b = tree.scale(shrink, b)
+        start = None if start is None else tree.scale(shrink, start)
+        if isinstance(self.solver, LinearSolver):
+            w, stats = self.solver.solve_linear(product, b, start, product.mesh_axes)
+        else:
+            w, stats, *_ = iterate(
+                _Affine(product, b),
+                b if start is None else start,
+                self.solver,
+                reference=tree.norm(b),
+                mesh_axes=product.mesh_axes,
+            )
+        return Solution(tree.scale(jnp.ldexp(one, exponent), w), stats)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Affine:
+    """`w -> A w + b`, which is its own linearisation."""
+
+    product: Prepared
+    b: PyTree
+
+    def __call__(self, w: PyTree) -> PyTree:
+        return tree.add(self.product(w), self.b)
+
+    def linearize(self, w: PyTree) -> tuple[PyTree, Prepared]:
+        return self(w), self.product
+
+
+def solve_system(
+    equation: Traced,
+    captured: Captured,
+    z: PyTree,
+    b: PyTree,
+    inverse: Inverse,
+    estimate: InverseJacobian | None,
+    *,
+    transposed: bool = False,
+    report: bool = False,
+) -> tuple[PyTree, BackwardProbe]:
+    """Solves `w = A w + b` as `inverse` does, A = J or, `transposed`, Jᵀ; J = ∂f/∂z at `z`.
+
+    Args:
+        equation: f.
+        captured: its captured arrays.
+        z: the point of linearisation, leaves `[B, ...]`.
+        b: like `z`.
+        inverse: what solves the system.
+        estimate: an estimate of `(J - I)⁻¹`, from which w is started.
+        transposed: A = Jᵀ.
+        report: see `Inverse`.
+
+    Returns:
+        w, differentiable in `b`, `z` and `captured`, forwards and in reverse to any order; and the
+        report, which has no derivative.
+    """
+
+    def f(z: PyTree) -> PyTree:
+        return equation(captured, z)
+
+    def forwards(v: PyTree) -> PyTree:
+        return jax.jvp(f, (z,), (v,))[1]
+
+    def backwards(u: PyTree) -> PyTree:
+        return jax.vjp(f, z)[1](u)[0]
+
+    def solver(transposed: bool) -> Callable[[Any, jax.Array], tuple[jax.Array, BackwardProbe]]:
+        def solve(_: Any, packed: jax.Array) -> tuple[jax.Array, BackwardProbe]:
+            b = tree.unpack(packed, z)
+            if transposed:
+                _, pullback = jax.vjp(f, z)
+                product = trace(lambda u: pullback(u)[0], b)
+            else:
+                _, push = jax.linearize(f, z)
+                product = trace(push, b)
+            start = None
+            if estimate is not None:
+                apply = estimate.apply_transposed if transposed else estimate.apply
+                start = tree.unpack(-apply(packed), z)
+            w, stats = _solve_traced(product[0], inverse, report, *product[1], b, start)
+            return tree.pack(w), stats
+
+        return solve
+
+    def matvec(packed: jax.Array) -> jax.Array:
+        w = tree.unpack(packed, z)
+        return tree.pack(tree.subtract(w, backwards(w) if transposed else forwards(w)))
+
+    # Packed into one array: custom_linear_solve fails on a leaf that no differentiated input
+    # reaches (jax#10929).
+    packed = tree.pack(b)
+    if in_shard_map():
+        packed, stats = solver(transposed)(None, packed)
+    else:
+        packed, stats = lax.custom_linear_solve(
+            matvec, packed, solver(transposed), solver(not transposed), has_aux=True
+        )
+    return tree.unpack(packed, z), stats
+
+
+def in_shard_map() -> bool:
+    """Whether JAX's all-modes linear solve cannot be used here.
+
+    `custom_linear_solve` (0.10) makes its arguments vary over one set of mesh axes after it has
+    traced its functions for the arguments as they were, and then fails.
+    """
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _solve_traced(
+    product: Traced,
+    inverse: Inverse,
+    report: bool,
+    variables: tuple[jax.Array, ...],
+    constants: tuple[jax.Array, ...],
+    b: PyTree,
+    start: PyTree | None,
+) -> tuple[PyTree, BackwardProbe]:
+    """Solves `w = A w + b`, where `product` is `w -> A w` and A depends on its captured arrays.
+
+    Differentiable in reverse to any order, in b and in A, which serves where `custom_linear_solve`
+    does not: with v = Aᵀ v + w̄,  b̄ = v and Ā = v wᵀ, the latter pulled back to the captured arrays.
+    """
+    prepared = prepare(product, Captured(variables, constants))
+    w, stats = inverse(prepared, b, start, report)
+    return w, BackwardProbe.of(stats)
+
+
+def _traced_forward(product, inverse, report, variables, constants, b, start):
+    w, stats = _solve_traced(product, inverse, report, variables, constants, b, start)
+    return (w, stats), (variables, constants, w)
+
+
+def _traced_backward(product, inverse, report, saved, cotangent):
+    variables, constants, w = saved
+    w_bar, _ = cotangent
+    _, transpose = jax.vjp(lambda w: product(Captured(variables, constants), w), w)
+    transposed, captured = trace(lambda v: transpose(v)[0], w_bar)
+    v, _ = _solve_traced(transposed, inverse, False, *captured, w_bar, None)
+    _, pullback = jax.vjp(lambda variables: product(Captured(variables, constants), w), variables)
+    return *pullback(v), None, v, None
+
+
+_solve_traced.defvjp(_traced_forward, _traced_backward)

@@ -1,0 +1,81 @@
+"""Several states of each sample side by side, as solvers keep them: windows, bases, factors.
+
+A stack of m columns is a tree with leaves `[B, m, D]`, flat behind the batch axis. (In the state's
+own shape XLA 0.10 on a CPU reshaped such stacks for every product and copied them to do so.)
+Coefficients belong to a sample and stand over all leaves: `[B, m]`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deq_jax import tree
+
+PyTree = Any
+
+
+def empty(flat: PyTree, slots: int) -> PyTree:
+    """Zero columns for states with leaves `[B, D]`; they vary over mesh axes as `flat` does."""
+    zeros = tree.zeros_per_sample(flat)
+
+    def leaf_empty(leaf: jax.Array) -> jax.Array:
+        columns = jnp.zeros((leaf.shape[0], slots, leaf.shape[1]), leaf.dtype)
+        return columns + tree.over_samples(zeros, columns).astype(leaf.dtype)
+
+    return jax.tree.map(leaf_empty, flat)
+
+
+def store(columns: PyTree, values: PyTree, slot: jax.Array) -> PyTree:
+    """Writes `values`, leaves `[B, D]`, into one column, the same for all samples."""
+    return jax.tree.map(
+        lambda columns, leaf: lax.dynamic_update_index_in_dim(columns, leaf, slot, 1),
+        columns,
+        values,
+    )
+
+
+def read(columns: PyTree, slot: jax.Array) -> PyTree:
+    """One column, leaves `[B, D]`."""
+    return jax.tree.map(
+        lambda columns: lax.dynamic_index_in_dim(columns, slot, 1, keepdims=False), columns
+    )
+
+
+def inner_products(columns: PyTree, values: PyTree) -> jax.Array:
+    """`⟨column_i, values⟩` over all leaves of each sample, `[B, m]`, in float32 or wider."""
+    dtype = tree.tree_accumulation_dtype(values)
+
+    def leaf_products(columns: jax.Array, leaf: jax.Array) -> jax.Array:
+        def real_products(a: jax.Array, b: jax.Array) -> jax.Array:
+            # Full precision: accelerators would take float32 products in fewer bits by default.
+            return lax.dot_general(
+                a,
+                b,
+                (((2,), (1,)), ((0,), (0,))),
+                lax.Precision.HIGHEST,
+                preferred_element_type=dtype,
+            )
+
+        if jnp.iscomplexobj(leaf):
+            return real_products(columns.real, leaf.real) + real_products(columns.imag, leaf.imag)
+        return real_products(columns, leaf)
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf_products, columns, values)))
+
+
+def combine(weights: jax.Array, columns: PyTree) -> PyTree:
+    """`Σ_i weights_i column_i` for each sample, leaves `[B, D]` in the columns' dtypes."""
+
+    def leaf_combine(columns: jax.Array) -> jax.Array:
+        dtype = tree.working_dtype(columns.dtype)
+        combined = lax.dot_general(
+            weights.astype(dtype),
+            columns.astype(dtype),
+            (((1,), (1,)), ((0,), (0,))),
+            lax.Precision.HIGHEST,
+        )
+        return combined.astype(columns.dtype)
+
+    return jax.tree.map(leaf_combine, columns)

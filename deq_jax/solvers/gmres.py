@@ -1,0 +1,121 @@
+"""Restarted GMRES, each sample with a Krylov space of its own.
+
+Sources: Saad and Schultz, "GMRES: a generalized minimal residual algorithm", 1986; Ayachour, "A
+fast implementation for GMRES method", 2003, for the residual norm without Givens rotations.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy.linalg import solve_triangular
+
+from deq_jax import checks, tree
+from deq_jax.solvers import columns
+from deq_jax.solvers.krylov import AnyOf, Cycle, Product, Restarted
+
+
+@dataclasses.dataclass(frozen=True)
+class GMRES(Restarted):
+    """Restarted GMRES: the smallest residual over a Krylov space, for `(I - A) u = y`.
+
+    Arnoldi's process with classical Gram-Schmidt done twice builds an orthonormal basis V of
+    {r, A r, A² r, ...} with `(I - A) V_k = V_{k+1} H_k`, and u is moved by
+
+        V_k argmin_c ‖β e₁ - H_k c‖,     β = ‖r‖.
+
+    The residual norm at every product comes from the vector w with `wᵀ H_k = 0`, as `β / ‖w‖`. One
+    product an iteration and one after each cycle, which measures the true residual. Never
+    diverges; may stagnate if `restart` is small.
+
+    Memory: `restart + 1` states in float32 or wider.
+
+    Attributes:
+        restart: dimension of the Krylov space at which a cycle ends.
+        tol: bound on `‖A u + y - u‖ / ‖y‖`.
+        max_iter: most products, at least 2.
+
+    Raises:
+        ValueError, TypeError: a field is out of its range or no number; the message names it.
+    """
+
+    restart: int = 20
+    tol: float = 1e-4
+    max_iter: int = 100
+
+    def __post_init__(self) -> None:
+        checks.check_count(self, "restart")
+        self.check()
+
+    def cycle(
+        self, product: Product, r: jax.Array, target: jax.Array, budget: Any, any_of: AnyOf
+    ) -> Cycle:
+        """One Krylov space of at most `restart` dimensions."""
+        steps = min(self.restart, self.max_iter)
+        size = tree.norm(r)
+        zeros = 0 * size
+        safe_size = jnp.where(size > 0, size, 1)
+        basis = columns.empty(r, steps + 1)
+        basis = columns.store(basis, r / tree.over_samples(safe_size, r).astype(r.dtype), 0)
+        # A column not used is a unit vector in a row of its own, and gets the coefficient 0.
+        unused = jnp.eye(steps + 1, steps, k=-1, dtype=size.dtype)
+        first = _Arnoldi(
+            step=zeros.sum().astype(jnp.int32),
+            active=size > target,
+            basis=basis,
+            hessenberg=zeros[:, None, None] + unused,
+            null=zeros[:, None] + jnp.zeros(steps + 1, size.dtype).at[0].set(1),
+            used=zeros.astype(jnp.int32),
+        )
+
+        def proceed(carry: _Arnoldi) -> jax.Array:
+            return any_of(carry.active) & (carry.step < steps) & (carry.step < budget)
+
+        def body(carry: _Arnoldi) -> _Arnoldi:
+            k, active = carry.step, carry.active
+            v = columns.read(carry.basis, k)
+            w = v - product(v)
+            before = tree.norm(w)
+            h = columns.inner_products(carry.basis, w)
+            w = w - columns.combine(h, carry.basis)
+            again = columns.inner_products(carry.basis, w)
+            w = w - columns.combine(again, carry.basis)
+            h, below = h + again, tree.norm(w)
+            # Nothing new: the space is invariant and holds the solution.
+            broken = below <= 10 * jnp.finfo(below.dtype).eps * before
+            safe = jnp.where(broken, 1, below)
+            new = tree.where(
+                active & ~broken, w / tree.over_samples(safe, w).astype(w.dtype), 0 * w
+            )
+            null = -(h * carry.null).sum(1) / safe
+            null = lax.dynamic_update_index_in_dim(carry.null, null, k + 1, 1)
+            h = lax.dynamic_update_index_in_dim(h, jnp.where(broken, 0, below), k + 1, 1)
+            hessenberg = lax.dynamic_update_index_in_dim(carry.hessenberg, h, k, 2)
+            reached = broken | (size <= target * jnp.sqrt((null**2).sum(1)))
+            return _Arnoldi(
+                step=k + 1,
+                active=active & ~reached,
+                basis=columns.store(carry.basis, new, k + 1),
+                hessenberg=tree.where(active, hessenberg, carry.hessenberg),
+                null=tree.where(active, null, carry.null),
+                used=carry.used + active.astype(jnp.int32),
+            )
+
+        end = lax.while_loop(proceed, body, first)
+        q, upper = jnp.linalg.qr(end.hessenberg)
+        rhs = size[:, None] * q[:, 0, :]
+        coefficients = solve_triangular(upper, rhs[..., None])[..., 0]
+        coefficients = jnp.where(jnp.isfinite(coefficients).all(1)[:, None], coefficients, 0)
+        correction = columns.combine(coefficients, end.basis[:, :steps])
+        return Cycle(correction, end.step, end.used)
+
+
+class _Arnoldi(NamedTuple):
+    step: jax.Array  # int32 []
+    active: jax.Array  # bool [B]
+    basis: jax.Array  # [B, restart + 1, D]
+    hessenberg: jax.Array  # [B, restart + 1, restart]
+    null: jax.Array  # [B, restart + 1], the vector with null · hessenberg = 0
+    used: jax.Array  # int32 [B]

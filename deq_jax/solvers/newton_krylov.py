@@ -1,0 +1,164 @@
+"""Newton's method with a Krylov inner solve and backtracking, each sample by itself.
+
+Sources: Dembo, Eisenstat and Steihaug, "Inexact Newton methods", 1982; Eisenstat and Walker,
+"Choosing the forcing terms in an inexact Newton method", 1996 (their choice 2).
+"""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deq_jax import checks, tree
+from deq_jax.solvers.bicgstab import BiCGStab
+from deq_jax.solvers.gmres import GMRES
+from deq_jax.solvers.krylov import agreement, packed
+
+PyTree = Any
+
+_DECREASE = 1e-4
+"""Armijo's constant c: a step of length t is accepted below (1 - c t) times the old residual."""
+
+_SHORTEST = 1 / 64
+"""A step this fraction of Newton's is accepted whatever it does."""
+
+
+class NewtonState(NamedTuple):
+    """What is remembered between evaluations; vectors are packed, `[B, D]`, at least float32.
+
+    Attributes:
+        base: the point Newton's step starts from.
+        direction: Newton's step s.
+        length: `[B]`, the fraction t of it that was tried.
+        size: `[B]`, `‖f(z) - z‖` at the base; infinite before the first point.
+        products: int32, Jacobian-vector products so far.
+    """
+
+    base: jax.Array
+    direction: jax.Array
+    length: jax.Array
+    size: jax.Array
+    products: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class NewtonKrylov:
+    """Newton's method on `g(z) = f(z) - z = 0`, with products instead of a Jacobian.
+
+        (I - J) s = g(z),   J = ∂f/∂z at z,     z <- z + t s
+
+    f is linearised once at each evaluation (`jax.linearize`), which is the evaluation; the system
+    is solved by `krylov` down to `η ‖g‖` with the forcing term
+
+        η = min(forcing, 0.9 (‖g‖ / ‖g_before‖)²),
+
+    not below what `tol` asks for. t starts at 1 and is halved while the residual does not decrease;
+    a trial is an evaluation and counts as one. Converges superlinearly near a solution, also where
+    the spectral radius of J exceeds 1.
+
+    Cost: `stats.evaluations` evaluations with their linearisation, and `stats.products` products.
+    Memory: that of one linearisation of f, of `krylov`, and 2 states.
+
+    Attributes:
+        krylov: `GMRES(...)` (one cycle, at most `restart` products a step) or `BiCGStab(...)` (at
+            most `max_iter` products a step); its `tol` is not used.
+        forcing: largest η, in (0, 1).
+        tol: bound on the relative residual.
+        max_iter: most evaluations of f.
+        atol: bound on the absolute residual; 0 leaves it out.
+        trace: keep the residual of every evaluation.
+
+    Raises:
+        ValueError, TypeError: a field is out of its range or of the wrong type; it is named.
+    """
+
+    krylov: GMRES | BiCGStab = GMRES()  # noqa: RUF009  (frozen)
+    forcing: float = 0.1
+    tol: float = 1e-4
+    max_iter: int = 20
+    atol: float = 0.0
+    trace: bool = False
+
+    linearizes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.krylov, GMRES | BiCGStab):
+            raise TypeError(f"NewtonKrylov.krylov must be GMRES or BiCGStab, got {self.krylov!r}")
+        checks.check_number(self, "forcing", above=0.0, at_most=0.999)
+        checks.check_stopping(self)
+
+    def init(self, z: PyTree, fz: PyTree) -> NewtonState:
+        """No base yet."""
+        zeros = tree.zeros_per_sample(z)
+        start = tree.pack(z)
+        return NewtonState(
+            base=start,
+            direction=0 * start,
+            length=zeros + 1,
+            size=zeros + jnp.inf,
+            products=zeros.sum().astype(jnp.int32),
+        )
+
+    def products(self, state: NewtonState) -> jax.Array:
+        """Jacobian-vector products computed so far."""
+        return state.products
+
+    def step(
+        self, z: PyTree, fz: PyTree, state: NewtonState, *, product: Any, active: jax.Array
+    ) -> tuple[PyTree, NewtonState]:
+        """Newton's step from `z`, or half of the last one where that went too far."""
+        point = tree.pack(z)
+        g = tree.pack(fz) - point
+        size = tree.norm(lax.stop_gradient(g))
+        acceptable = size <= (1 - _DECREASE * state.length) * state.size
+        accepted = acceptable | (state.length <= _SHORTEST)
+
+        shrunk = jnp.where(jnp.isfinite(state.size), size / jnp.where(size > 0, state.size, 1), 1)
+        forcing = jnp.minimum(self.forcing, 0.9 * shrunk**2)
+        # Half of the step that `tol` still asks for is enough; more would be solved in vain.
+        needed = 0.5 * self.tol * tree.norm(lax.stop_gradient(tree.pack(fz)))
+        target = jnp.maximum(forcing * size, jnp.minimum(needed, self.forcing * size))
+        rhs = tree.where(active & accepted, g, jnp.zeros_like(g))
+        correction, products = self._correction(product, rhs, target, z)
+        # Where no finite correction was found the plain step is taken.
+        sound = jnp.isfinite(tree.norm(lax.stop_gradient(correction)))
+        correction = tree.where(sound, correction, g)
+
+        base = tree.where(accepted, point, state.base)
+        direction = tree.where(accepted, correction, state.direction)
+        length = jnp.where(accepted, 1, state.length / 2).astype(state.length.dtype)
+        proposal = tree.unpack(base + tree.scale(length, direction), z)
+        size = jnp.where(accepted, size, state.size)
+        return proposal, NewtonState(base, direction, length, size, state.products + products)
+
+    def _correction(
+        self, product: Any, g: jax.Array, target: jax.Array, like: PyTree
+    ) -> tuple[jax.Array, jax.Array]:
+        """`(I - J)⁻¹ g` within `target`, and the products it took."""
+        any_of = agreement(product.mesh_axes)
+
+        def solve(product: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+            budget = self.krylov.max_iter
+            cycle = self.krylov.cycle(product, g, target, budget, any_of)
+            return cycle.correction, cycle.products
+
+        apply = packed(product, like)
+        if not product.differentiable:
+            return solve(apply, g)
+        # Inside a loop to be differentiated: the derivative of the exact solution of the system.
+        correction, products = lax.custom_linear_solve(
+            lambda v: v - apply(v),
+            g,
+            lambda _, g: _as_float(solve(apply, g)),
+            lambda transposed, g: _as_float(solve(lambda v: v - transposed(v), g)),
+            has_aux=True,
+        )
+        return correction, products.astype(jnp.int32)
+
+
+def _as_float(result: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """An integer beside a differentiated value would need a float0 tangent (jax#24295)."""
+    correction, products = result
+    return correction, products.astype(jnp.float32)
