@@ -101,7 +101,8 @@ def prepare(config: Config, dataset: ImageDataset) -> Experiment:
     )
     optimizer = optax.adam(schedule)
     traits = {"white": dataset.white, "solves": config.is_deq}
-    train_step = training.make_train_step(definition, optimizer, **traits)
+    probes = config.reports_backward
+    train_step = training.make_train_step(definition, optimizer, **traits, probes=probes)
     model.eval()
     evaluation_definition = nnx.graphdef(model)
     model.train()
@@ -134,7 +135,7 @@ def prepare(config: Config, dataset: ImageDataset) -> Experiment:
     # The optimiser's state is made from copies: the model keeps its arrays when the first step
     # donates those of the state.
     params, rest = jax.tree.map(lambda leaf: leaf.copy(), (params, rest))
-    state = training.initial_state(params, rest, optimizer, solves=config.is_deq)
+    state = training.initial_state(params, rest, optimizer, solves=config.is_deq, probes=probes)
     return Experiment(config, dataset, model, evaluation_definition, task, state)
 
 

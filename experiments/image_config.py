@@ -8,12 +8,38 @@ from typing import Any, Literal
 
 import tyro
 
-from deq_jax import Anderson, Implicit, Picard
+from deq_jax import (
+    GMRES,
+    Anderson,
+    BiCGStab,
+    Broyden,
+    GradientPolicy,
+    Implicit,
+    LinearSolver,
+    Neumann,
+    NewtonKrylov,
+    OneStep,
+    Phantom,
+    Picard,
+    Solver,
+    Unrolled,
+)
 from experiments.common.data import DatasetName
 from experiments.common.errors import UsageError
 from experiments.common.runs import flag_of
 
-SolverName = Literal["anderson", "picard"]
+SolverName = Literal["anderson", "picard", "broyden", "newton_krylov"]
+LinearSolverName = Literal["anderson", "picard", "broyden", "newton_krylov", "gmres", "bicgstab"]
+GradientName = Literal["implicit", "shine", "one_step", "neumann", "phantom", "unrolled"]
+
+_FLAGS_OF_GRADIENTS = {
+    "gradient_steps": ("neumann", "phantom"),
+    "gradient_damping": ("neumann", "phantom"),
+    "backward_solver": ("implicit", "shine"),
+    "backward_tol": ("implicit", "shine"),
+    "backward_max_iter": ("implicit", "shine"),
+}
+"""Flags that only some values of --gradient look at."""
 
 IRRELEVANT = frozenset(
     {"data_dir", "run_dir", "checkpoint_every_seconds", "fresh", "tensorboard", "progress"}
@@ -56,8 +82,15 @@ class Config:
         mixing: Anderson's beta: below 1 damped, above 1 overprojected.
         ridge: Anderson's ridge, relative to its Gram matrix.
         damping: Picard's damping, in (0, 1].
-        gradient: gradient of the layer: implicit differentiation.
-        backward_solver: solver of the backward pass. None: that of the forward pass.
+        memory: rank-one terms that Broyden keeps. None: all.
+        restart: dimension at which GMRES starts over, and that of Newton-Krylov's inner solve.
+        gradient: gradient of the layer: implicit differentiation; shine, which starts its backward
+            solve from the inverse estimate of --solver broyden; or an approximation: one_step,
+            neumann, phantom; or unrolled, backpropagation through the solver.
+        gradient_steps: terms of neumann, steps of phantom. None: 5.
+        gradient_damping: damping of neumann and phantom. None: 1 and 0.5.
+        backward_solver: solver of the backward pass of implicit and shine. None: that of the
+            forward pass.
         backward_tol: tolerance of the backward pass. None: --tol.
         backward_max_iter: most transposed products in a backward pass. None: --max-iter.
         eval_batch_size: examples evaluated at once.
@@ -93,8 +126,12 @@ class Config:
     mixing: float = 1.0
     ridge: float = 1e-4
     damping: float = 1.0
-    gradient: Literal["implicit"] = "implicit"
-    backward_solver: SolverName | None = None
+    memory: int | None = None
+    restart: int = 20
+    gradient: GradientName = "implicit"
+    gradient_steps: int | None = None
+    gradient_damping: float | None = None
+    backward_solver: LinearSolverName | None = None
     backward_tol: float | None = None
     backward_max_iter: int | None = None
     eval_batch_size: int = 128
@@ -108,7 +145,8 @@ class Config:
 
     def __post_init__(self) -> None:
         counts = ("epochs", "batch_size", "depth", "channels", "inner_channels", "groups", "pool")
-        counts += ("max_iter", "history", "eval_batch_size", "eval_every")
+        counts += ("max_iter", "history", "eval_batch_size", "eval_every", "memory", "restart")
+        counts += ("gradient_steps",)
         for name in (*counts, "train_examples", "eval_examples", "backward_max_iter"):
             self._check(name, lambda value: value >= 1, "at least 1")
         for name in ("learning_rate", "final_learning_rate", "mixing"):
@@ -116,7 +154,9 @@ class Config:
         self._check("seed", lambda value: value >= 0, "at least 0")
         for name in ("tol", "backward_tol", "ridge", "checkpoint_every_seconds"):
             self._check(name, lambda value: value >= 0, "at least 0")
-        self._check("damping", lambda value: 0 < value <= 1, "above 0 and at most 1")
+        for name in ("damping", "gradient_damping"):
+            self._check(name, lambda value: 0 < value <= 1, "above 0 and at most 1")
+        self._check_gradient()
         self._check("validation_fraction", lambda value: 0 <= value < 1, "at least 0 and below 1")
         limit = self.learning_rate
         self._check(
@@ -134,6 +174,29 @@ class Config:
         if value is not None and not is_good(value):
             raise UsageError(f"{flag_of(name)} must be {allowed}, got {value}")
 
+    def _check_gradient(self) -> None:
+        """Raises a UsageError where a flag says something about another gradient than chosen."""
+        if self.gradient == "shine" and self.solver != "broyden":
+            raise UsageError(f"--gradient shine needs --solver broyden, got {self.solver}")
+        users = {
+            "gradient_steps": ("neumann", "phantom"),
+            "gradient_damping": ("neumann", "phantom"),
+        }
+        for name in ("backward_solver", "backward_tol", "backward_max_iter"):
+            users[name] = ("implicit", "shine")
+        for name, gradients in users.items():
+            if getattr(self, name) is not None and self.gradient not in gradients:
+                raise UsageError(
+                    f"{flag_of(name)} is for --gradient {' or '.join(gradients)}, "
+                    f"got --gradient {self.gradient}"
+                )
+        try:
+            policy = self.gradient_policy()
+            if isinstance(policy, Implicit):
+                policy.backward_solver(self.forward_solver())
+        except ValueError as error:  # such as GMRES with room for one product
+            raise UsageError(f"these flags do not go together: {error}") from error
+
     @property
     def is_deq(self) -> bool:
         """Whether the model has a solver."""
@@ -150,25 +213,45 @@ class Config:
         names = ("channels", "inner_channels", "groups", "pool")
         return {name: getattr(self, name) for name in names}
 
-    def forward_solver(self) -> Anderson | Picard:
+    @property
+    def reports_backward(self) -> bool:
+        """Whether the backward pass has something to report."""
+        return self.is_deq and self.gradient not in ("phantom", "unrolled")
+
+    def forward_solver(self) -> Solver:
         """The solver of the forward pass."""
         return self._solver(self.solver)
 
-    def gradient_policy(self) -> Implicit:
+    def gradient_policy(self) -> GradientPolicy:
         """How gradients pass through the layer."""
+        steps = 5 if self.gradient_steps is None else self.gradient_steps
+        if self.gradient == "one_step":
+            return OneStep()
+        if self.gradient == "neumann":
+            return Neumann(steps, 1.0 if self.gradient_damping is None else self.gradient_damping)
+        if self.gradient == "phantom":
+            return Phantom(steps, 0.5 if self.gradient_damping is None else self.gradient_damping)
+        if self.gradient == "unrolled":
+            return Unrolled()
         solver = None if self.backward_solver is None else self._solver(self.backward_solver)
-        return Implicit(solver=solver, tol=self.backward_tol, max_iter=self.backward_max_iter)
-
-    def _solver(self, name: SolverName) -> Anderson | Picard:
-        if name == "picard":
-            return Picard(damping=self.damping, tol=self.tol, max_iter=self.max_iter)
-        return Anderson(
-            history=self.history,
-            mixing=self.mixing,
-            ridge=self.ridge,
-            tol=self.tol,
-            max_iter=self.max_iter,
+        return Implicit(
+            solver=solver,
+            tol=self.backward_tol,
+            max_iter=self.backward_max_iter,
+            reuse=self.gradient == "shine",
         )
+
+    def _solver(self, name: LinearSolverName) -> Any:
+        limits = {"tol": self.tol, "max_iter": self.max_iter}
+        solvers: dict[str, Callable[[], Solver | LinearSolver]] = {
+            "anderson": lambda: Anderson(self.history, self.mixing, self.ridge, **limits),
+            "picard": lambda: Picard(self.damping, **limits),
+            "broyden": lambda: Broyden(self.memory, **limits),
+            "newton_krylov": lambda: NewtonKrylov(GMRES(self.restart), **limits),
+            "gmres": lambda: GMRES(self.restart, **limits),
+            "bicgstab": lambda: BiCGStab(**limits),
+        }
+        return solvers[name]()
 
 
 _MNIST = Config(

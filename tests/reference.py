@@ -40,6 +40,62 @@ def anderson(f, z, *, history, mixing, ridge, steps):
     return points
 
 
+def broyden(f, z, *, steps, memory=None, step_size=1.0, line_search=False):
+    """The points at which Broyden's good method evaluates f, for one sample `[D]`.
+
+    From the definition: a dense estimate J of the Jacobian of `g = f(z) - z` that satisfies
+    `J Δz = Δg` and changes least, and a dense solve with it at each step; no inverse, no factors.
+    With `memory` updates made, the estimate goes back to -I before the next one.
+    """
+    identity = np.eye(z.size)
+    estimate, updates, points = -identity, 0, [z]
+    g = f(z) - z
+    while len(points) < steps:
+        direction, length = -np.linalg.solve(estimate, g), step_size
+        while True:
+            trial = z + length * direction
+            points.append(trial)
+            g_trial = f(trial) - trial
+            decreased = np.linalg.norm(g_trial) <= (1 - 1e-4 * length) * np.linalg.norm(g)
+            if not line_search or decreased or length <= step_size / 32:
+                break
+            length /= 2
+        change, g_change = trial - z, g_trial - g
+        if updates == memory:
+            estimate, updates = -identity, 0
+        error = g_change - estimate @ change
+        estimate = estimate + np.outer(error, change) / (change @ change)
+        z, g, updates = trial, g_trial, updates + 1
+    return points[:steps]
+
+
+def newton(f, derivative, z, *, residual, max_iter=100):
+    """Residuals at which damped Newton evaluates f, for one number, and the linear solves.
+
+    The step is halved until `|f(z) - z|` decreases; where a sixteenth of it does not do, the plain
+    step `z <- f(z)` is taken. The search ends when the relative residual is at most `residual`.
+    Returns a list of relative residuals and the number of Newton steps.
+    """
+    residuals, solves = [], 0
+
+    def evaluate(z):
+        g = f(z) - z
+        residuals.append(abs(g) / abs(f(z)))
+        return g, residuals[-1] <= residual or len(residuals) == max_iter
+
+    g, done = evaluate(z)
+    while not done:
+        direction = g / (1 - derivative(z))
+        solves += 1
+        for length in (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 0):
+            trial = z + length * direction if length else z + g
+            g_trial, done = evaluate(trial)
+            if done or abs(g_trial) <= (1 - 1e-4 * length) * abs(g) or not length:
+                break
+        z, g = trial, g_trial
+    return residuals, solves
+
+
 def relative_residual(f, z):
     """`‖f(z) - z‖ / ‖f(z)‖` of one sample, in float64."""
     fz = np.asarray(f(z), np.float64)

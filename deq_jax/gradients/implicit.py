@@ -41,10 +41,11 @@ class Implicit(AtSolution):
     raises; pass a `BackwardProbe` to learn what it reached.
 
     With `reuse=True` (SHINE) the forward solver is `Broyden`, whose estimate `B ≈ (J - I)⁻¹` starts
-    the backward solve at `u₀ = -Bᵀ y`; `max_iter=r` then refines it with r products, of which the
-    last measures the residual of what is returned. `max_iter=1` is SHINE without refinement: its
-    bias is that of B, accurate only in directions that the forward solve explored. The factors of
-    B, 2 `memory` states, are kept until the backward pass.
+    the backward solve at `u₀ = -Bᵀ y`; if that is by Broyden too, it goes on learning from Bᵀ. With
+    `max_iter=r` it makes r products, the last of which measures the residual of what is returned:
+    `max_iter=1` is SHINE without refinement, whose bias is that of B, accurate only in directions
+    that the forward solve explored. The factors of B, 2 `memory` states, are kept until the
+    backward pass.
 
     Attributes:
         solver: solver of the linear system, any solver or `GMRES(...)`, `BiCGStab(...)`; None takes

@@ -18,7 +18,7 @@ from jax import lax
 from deq_jax import tree
 from deq_jax.equation import Captured, Traced, trace
 from deq_jax.gradients.prepared import Prepared, prepare
-from deq_jax.solvers.broyden import InverseJacobian
+from deq_jax.solvers.broyden import Broyden, BroydenState, InverseJacobian
 from deq_jax.solvers.krylov import LinearSolver
 from deq_jax.solvers.loop import Solver, iterate
 from deq_jax.stats import BackwardProbe, Solution
@@ -30,14 +30,14 @@ class Inverse(Protocol):
     """How `w = A w + b` is solved; hashable."""
 
     def __call__(
-        self, product: Prepared, b: PyTree, start: PyTree | None, report: bool
+        self, product: Prepared, b: PyTree, estimate: InverseJacobian | None, report: bool
     ) -> Solution:
         """Solution w and its report, from products with A.
 
         Args:
             product: `w -> A w`.
             b: leaves `[B, ...]`.
-            start: a first guess of w, if there is one.
+            estimate: of `(A - I)⁻¹`, to start from, if there is one.
             report: the stats will be read; where they cost extra they may be left at NaN else.
         """
 
@@ -52,7 +52,7 @@ class SolvedInverse:
     solver: Solver | LinearSolver
 
     def __call__(
-        self, product: Prepared, b: PyTree, start: PyTree | None, report: bool
+        self, product: Prepared, b: PyTree, estimate: InverseJacobian | None, report: bool
     ) -> Solution:
         """See `Inverse`."""
         # A power of two brings b to unit size without rounding: squares of a small cotangent (a
@@ -68,18 +68,34 @@ class SolvedInverse:
         one = jnp.ones((), size.dtype)
         shrink = jnp.ldexp(one, -exponent)
         b = tree.scale(shrink, b)
-        start = None if start is None else tree.scale(shrink, start)
-        if isinstance(self.solver, LinearSolver):
-            w, stats = self.solver.solve_linear(product, b, start, product.mesh_axes)
+        solver, start = self.solver, None
+        if estimate is not None:
+            start = tree.unpack(-estimate.apply(tree.pack(b)), b)
+        if isinstance(solver, LinearSolver):
+            w, stats = solver.solve_linear(product, b, start, product.mesh_axes)
         else:
+            if estimate is not None and isinstance(solver, Broyden):
+                solver = _Continued(solver, estimate)
             w, stats, *_ = iterate(
                 _Affine(product, b),
                 b if start is None else start,
-                self.solver,
+                solver,
                 reference=tree.norm(b),
                 mesh_axes=product.mesh_axes,
             )
         return Solution(tree.scale(jnp.ldexp(one, exponent), w), stats)
+
+
+class _Continued:
+    """Broyden's method, begun with an estimate that another run left behind."""
+
+    def __init__(self, solver: Broyden, estimate: InverseJacobian):
+        self.tol, self.atol = solver.tol, solver.atol
+        self.max_iter, self.trace = solver.max_iter, solver.trace
+        self.step, self._begin, self._estimate = solver.step, solver.init, estimate
+
+    def init(self, z: PyTree, fz: PyTree) -> BroydenState:
+        return self._begin(z, fz, self._estimate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +131,7 @@ def solve_system(
         z: the point of linearisation, leaves `[B, ...]`.
         b: like `z`.
         inverse: what solves the system.
-        estimate: an estimate of `(J - I)⁻¹`, from which w is started.
+        estimate: of `(J - I)⁻¹`, to start from.
         transposed: A = Jᵀ.
         report: see `Inverse`.
 
@@ -142,11 +158,10 @@ def solve_system(
             else:
                 _, push = jax.linearize(f, z)
                 product = trace(push, b)
-            start = None
-            if estimate is not None:
-                apply = estimate.apply_transposed if transposed else estimate.apply
-                start = tree.unpack(-apply(packed), z)
-            w, stats = _solve_traced(product[0], inverse, report, *product[1], b, start)
+            known = estimate
+            if known is not None and transposed:
+                known = known.transposed()
+            w, stats = _solve_traced(product[0], inverse, report, *product[1], b, known)
             return tree.pack(w), stats
 
         return solve
@@ -184,7 +199,7 @@ def _solve_traced(
     variables: tuple[jax.Array, ...],
     constants: tuple[jax.Array, ...],
     b: PyTree,
-    start: PyTree | None,
+    estimate: InverseJacobian | None,
 ) -> tuple[PyTree, BackwardProbe]:
     """Solves `w = A w + b`, where `product` is `w -> A w` and A depends on its captured arrays.
 
@@ -192,12 +207,12 @@ def _solve_traced(
     does not: with v = Aᵀ v + w̄,  b̄ = v and Ā = v wᵀ, the latter pulled back to the captured arrays.
     """
     prepared = prepare(product, Captured(variables, constants))
-    w, stats = inverse(prepared, b, start, report)
+    w, stats = inverse(prepared, b, estimate, report)
     return w, BackwardProbe.of(stats)
 
 
-def _traced_forward(product, inverse, report, variables, constants, b, start):
-    w, stats = _solve_traced(product, inverse, report, variables, constants, b, start)
+def _traced_forward(product, inverse, report, variables, constants, b, estimate):
+    w, stats = _solve_traced(product, inverse, report, variables, constants, b, estimate)
     return (w, stats), (variables, constants, w)
 
 

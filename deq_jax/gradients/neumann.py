@@ -14,6 +14,7 @@ from deq_jax.equation import Captured, Traced
 from deq_jax.gradients.policy import AtSolution
 from deq_jax.gradients.prepared import Prepared
 from deq_jax.gradients.rule import at_solution
+from deq_jax.solvers.broyden import InverseJacobian
 from deq_jax.solvers.loop import Run, Solver
 from deq_jax.stats import BackwardProbe, Solution, SolveStats, Status
 
@@ -73,9 +74,9 @@ class TruncatedSeries:
     damping: float
 
     def __call__(
-        self, product: Prepared, b: PyTree, start: PyTree | None, report: bool
+        self, product: Prepared, b: PyTree, estimate: InverseJacobian | None, report: bool
     ) -> Solution:
-        """See `Inverse`; `start` is of no use here."""
+        """See `Inverse`; `estimate` is of no use here."""
 
         def add_term(_: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
             term, total = carry

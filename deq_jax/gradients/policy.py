@@ -67,7 +67,8 @@ class AtSolution:
         sample_policies: tuple["AtSolution", ...] = (),
     ) -> Run:
         """See `GradientPolicy`."""
-        self.check(solver)
+        for policy in (self, *sample_policies):
+            policy.check(solver)
         run = solve_detached(equation, captured, z0, solver, sample_at)
         value = self.attach(equation, captured, run, run.value, solver, probe)
         samples = tuple(

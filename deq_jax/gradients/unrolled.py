@@ -21,9 +21,10 @@ class Unrolled:
     """Gradient of the computation that found the returned state, by ordinary differentiation.
 
     The very solver runs, with its stops, guards and choice of the best iterate, in a loop that can
-    be differentiated in any mode. Bias: none with respect to what was computed; with respect to the
-    equation, that of a solution that is not exact. Every sampled state is differentiated the same
-    way.
+    be differentiated in any mode. Bias: none with respect to what was computed; with respect to
+    the equation, that of a solution that is not exact, and it may be large: the derivatives of
+    Anderson's and Broyden's iterates converge later than the iterates do (docs/gradients.md). Every
+    sampled state is differentiated the same way.
 
     Cost: two more evaluations for each one of the forward pass, and a product. Memory: about
     2 √max_iter copies of the solver's state, and one linearisation of f; it is what the other
@@ -71,13 +72,15 @@ class Unrolled:
                 )
             solver = dataclasses.replace(solver, max_iter=self.steps)
         check_samples(sample_at, solver)
-        mesh_axes = communicates(equation, captured)
-        f = _Differentiable(equation, captured, mesh_axes)
+        f = _Differentiable(equation, captured, communicates(equation, captured))
         run = iterate(
             f,
             jax.lax.stop_gradient(z0),
             solver,
-            mesh_axes=mesh_axes,
+            # As many trips on every device of a `shard_map`: backpropagation sums the cotangents of
+            # what is the same on all of them in each trip, and would wait for ever for a device
+            # that made fewer.
+            mesh_axes=tuple(jax.sharding.get_abstract_mesh().manual_axes),
             sample_at=sample_at,
             unrolled=True,
         )

@@ -52,6 +52,10 @@ class InverseJacobian(NamedTuple):
         """`Bᵀ x = -x + V (Uᵀ x)`."""
         return self._low_rank(self.right, self.left, x)
 
+    def transposed(self) -> "InverseJacobian":
+        """`Bᵀ`."""
+        return InverseJacobian(self.right, self.left, self.filled)
+
     def _low_rank(self, out: jax.Array, into: jax.Array, x: jax.Array) -> jax.Array:
         weights = jnp.where(self.filled, columns.inner_products(into, x), 0)
         return columns.combine(weights, out) - x
@@ -129,24 +133,29 @@ class Broyden:
         checks.check_flag(self, "line_search")
         checks.check_stopping(self)
 
-    def init(self, z: PyTree, fz: PyTree) -> BroydenState:
-        """B = -I, and a base from which nothing has been learned yet."""
+    def init(self, z: PyTree, fz: PyTree, inverse: InverseJacobian | None = None) -> BroydenState:
+        """A base from which nothing has been learned yet, and B = `inverse`, -I if left out."""
         zeros = tree.zeros_per_sample(z)
         # The first evaluation brings no pair, the others one each.
         slots = max(1, self.max_iter - 1) if self.memory is None else self.memory
         start = tree.pack(z)
         vacant = zeros[:, None] + jnp.zeros(slots, zeros.dtype)
+        room = InverseJacobian(columns.empty(start, slots), columns.empty(start, slots), vacant > 0)
+        last = slots - 1
+        if inverse is not None:  # its terms stay, new ones come behind them
+            room = InverseJacobian(
+                *(jnp.concatenate(pair, axis=1) for pair in zip(inverse, room, strict=True))
+            )
+            last = room.filled.shape[1] - slots - 1
         return BroydenState(
-            inverse=InverseJacobian(
-                columns.empty(start, slots), columns.empty(start, slots), vacant > 0
-            ),
+            inverse=room,
             base=start,
             residual=0 * start,
             direction=0 * start,
             length=zeros + self.step_size,
             size=zeros + jnp.inf,
             lowest=zeros + jnp.inf,
-            slot=zeros.sum().astype(jnp.int32) + (slots - 1),
+            slot=zeros.sum().astype(jnp.int32) + last,
         )
 
     def step(self, z: PyTree, fz: PyTree, state: BroydenState) -> tuple[PyTree, BroydenState]:
@@ -157,7 +166,9 @@ class Broyden:
         rejected = self._rejected(size, state)
 
         change, g_change = point - state.base, g - state.residual
-        emptied = (state.slot == 0) | (size > _BLOW_UP * state.lowest)
+        # A sample that has stopped rests, and keeps the estimate that its gradient may start from.
+        resting = tree.norm(lax.stop_gradient(change)) == 0
+        emptied = ~resting & ((state.slot == 0) | (size > _BLOW_UP * state.lowest))
         filled = state.inverse.filled & ~emptied[:, None]
         inverse = state.inverse._replace(filled=filled)
         bg = inverse.apply(g)
@@ -167,13 +178,16 @@ class Broyden:
             b_change = tree.where(emptied, -g_change, bg + state.direction)
         v = inverse.apply_transposed(change)
         u, v, learned = _rank_one(change, b_change, v, g_change, ~rejected)
+        direction = -(bg + tree.scale(tree.dot(v, g), u))
         slot = state.slot
+        u = tree.where(resting, columns.read(inverse.left, slot), u)
+        v = tree.where(resting, columns.read(inverse.right, slot), v)
+        learned |= resting & lax.dynamic_index_in_dim(filled, slot, 1, keepdims=False)
         inverse = InverseJacobian(
             columns.store(inverse.left, u, slot),
             columns.store(inverse.right, v, slot),
             lax.dynamic_update_index_in_dim(filled, learned, slot, 1),
         )
-        direction = -(bg + tree.scale(tree.dot(v, g), u))
         # A step to infinity is not taken: start over from here with B = -I.
         sound = jnp.isfinite(tree.norm(lax.stop_gradient(direction)))
         direction = tree.where(sound, direction, g)

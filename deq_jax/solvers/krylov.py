@@ -132,7 +132,7 @@ class Restarted:
         if start is None:
             u, r, spent = 0 * b, b, 0
         else:
-            u = tree.pack(start)
+            u = tree.where(size > 0, tree.pack(start), 0 * b)
             r, spent = packed_product(u) + b - u, 1
         residual = tree.norm(r) / guarded
         finite = jnp.isfinite(residual)
@@ -158,7 +158,9 @@ class Restarted:
             r = tree.where(carry.active, carry.r, jnp.zeros_like(carry.r))
             budget = self.max_iter - carry.products - 1
             cycle = self.cycle(packed_product, r, self.tol * size, budget, any_of)
-            u = tree.where(carry.active, carry.u + cycle.correction, carry.u)
+            # As it will be returned: in half precision the rounding is part of the residual.
+            u = rounded(carry.u + cycle.correction, y)
+            u = tree.where(carry.active, u, carry.u)
             r = packed_product(u) + b - u
             residual = tree.norm(r) / guarded
             finite = jnp.isfinite(residual)
@@ -191,6 +193,12 @@ class Restarted:
 def packed(product: Callable[[PyTree], PyTree], like: PyTree) -> Product:
     """`product` on packed states `[B, D]` instead of trees shaped like `like`."""
     return lambda v: tree.pack(product(tree.unpack(v, like)))
+
+
+def rounded(u: jax.Array, like: PyTree) -> jax.Array:
+    """The packed state `u` `[B, D]` with the values it has in the dtypes of `like`."""
+    # The barrier keeps the compiler from taking both conversions out.
+    return tree.pack(lax.optimization_barrier(tree.unpack(u, like)))
 
 
 def agreement(mesh_axes: tuple[str, ...]) -> AnyOf:

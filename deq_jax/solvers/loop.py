@@ -89,7 +89,8 @@ class Run(NamedTuple):
     """All that a run of the loop leaves behind.
 
     Attributes:
-        value: per sample the iterate with the lowest residual, leaves `[B, ...]`.
+        value: per sample the iterate that met a tolerance, else the one with the lowest residual;
+            leaves `[B, ...]`.
         stats: its report.
         samples: the states at the evaluations `sample_at`, like `value` each.
         solver_state: the solver's own state at the end.
@@ -149,7 +150,8 @@ def iterate(
         unrolled: make the loop out of `scan`, so that it can be differentiated in reverse.
 
     Returns:
-        `Run`: per sample the iterate with the lowest residual, and the residual of exactly it.
+        `Run`: per sample the iterate that met a tolerance, else the one with the lowest residual,
+        and the residual of exactly it.
     """
     zeros = tree.zeros_per_sample(z0)
     count = zeros.astype(jnp.int32)
@@ -200,7 +202,8 @@ def iterate(
             met |= absolute <= solver.atol
         converged = active & finite & met
         diverged = active & ~finite
-        improved = active & finite & (residual < carry.best_residual)
+        # Where atol is what is met, an earlier iterate may have a lower relative residual.
+        improved = converged | (active & finite & (residual < carry.best_residual))
         best = tree.where(improved, z, carry.best)
         status = jnp.where(converged, int(Status.CONVERGED), carry.status)
         status = jnp.where(diverged, int(Status.DIVERGED), status)

@@ -7,14 +7,14 @@ import numpy as np
 import optax
 from flax import nnx
 
-from deq_jax import solve_adjoint, solve_fixed_point
+from deq_jax import Implicit, Solver, solve_adjoint, solve_fixed_point
 from deq_jax.models.conv_deq import ConvDEQ
 
 
 def residual_traces(
     model: ConvDEQ, images: jax.Array, labels: jax.Array
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Residuals at each evaluation of the forward and of the backward solve.
+    """Residuals at each evaluation of the forward and, where it keeps a trace, the backward solve.
 
     The backward solve is that of the mean cross-entropy, at the equilibria of the forward solve.
 
@@ -25,12 +25,16 @@ def residual_traces(
 
     Returns:
         Residuals `[max_iter, B]`, NaN after a sample's stop, and tolerances, each under `forward`
-        and `backward`.
+        and `backward`. The latter is missing where no solver with a trace runs backwards.
     """
     definition, state = nnx.split(model)
     core = model.core
     solver = dataclasses.replace(core.solver, trace=True)
-    backward = dataclasses.replace(core.gradient.backward_solver(core.solver), trace=True)
+    backward = None
+    if isinstance(core.gradient, Implicit):
+        backward = core.gradient.backward_solver(core.solver)
+        traced = isinstance(backward, Solver)
+        backward = dataclasses.replace(backward, trace=True) if traced else None
     cell_definition, cell_state = nnx.split(core.cell)
 
     def cell(state, z, x):
@@ -44,6 +48,8 @@ def residual_traces(
 
         injection = nnx.merge(definition, state, copy=True).injection(images)
         z, stats = solve_fixed_point(cell, cell_state, injection, solver=solver)
+        if backward is None:
+            return (stats.trace,)
         # The gradient of the loss at the equilibrium is where a backward pass starts.
         cotangent = jax.grad(loss_of)(z)
         adjoint = solve_adjoint(cell, cell_state, injection, z, cotangent, solver=backward)
@@ -52,5 +58,8 @@ def residual_traces(
     # Named outside of jit, which would put the names into alphabetical order.
     names = ("forward", "backward")
     traces = jax.device_get(solve_both(state, cell_state, images, labels))
-    tolerances = (solver.tol, backward.tol)
-    return dict(zip(names, traces, strict=True)), dict(zip(names, tolerances, strict=True))
+    tolerances = (solver.tol, getattr(backward, "tol", None))
+    count = len(traces)
+    return dict(zip(names[:count], traces, strict=True)), dict(
+        zip(names[:count], tolerances[:count], strict=True)
+    )

@@ -63,15 +63,20 @@ def cosine_schedule(learning_rate: float, final: float, steps: int) -> optax.Sch
 
 
 def initial_state(
-    params: PyTree, rest: PyTree, optimizer: optax.GradientTransformation, *, solves: bool
+    params: PyTree,
+    rest: PyTree,
+    optimizer: optax.GradientTransformation,
+    *,
+    solves: bool,
+    probes: bool,
 ) -> TrainState:
-    """The state before the first step; `solves` says that the model reports solver statistics."""
+    """The state before the first step; `solves` and `probes` as for `make_train_step`."""
     return TrainState(
         params=params,
         rest=rest,
         optimizer_state=optimizer.init(params),
         step=jnp.zeros((), jnp.int32),
-        totals=Totals.zeros(solves=solves, gradients=True),
+        totals=Totals.zeros(solves=solves, gradients=probes),
     )
 
 
@@ -81,7 +86,12 @@ def to_float(images: jax.Array, white: int) -> jax.Array:
 
 
 def make_train_step(
-    definition: Any, optimizer: optax.GradientTransformation, *, white: int, solves: bool
+    definition: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    white: int,
+    solves: bool,
+    probes: bool,
 ) -> TrainStep:
     """A jitted training step, which uses up (donates) the state it is given.
 
@@ -93,6 +103,7 @@ def make_train_step(
         optimizer: the optimiser.
         white: pixel value that becomes 1.
         solves: the model is a DEQ and returns statistics of its solve.
+        probes: its gradient is one that can report on its backward solve.
 
     Returns:
         `train_step(state, batch) -> (state, metrics)`; metrics are `loss` and `accuracy` of this
@@ -114,7 +125,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         size = batch.labels.shape[0]
-        probe = BackwardProbe.zeros(size) if solves else None
+        probe = BackwardProbe.zeros(size) if probes else None
         (loss, (logits, stats, rest)), (gradient, report) = jax.value_and_grad(
             loss_of, argnums=(0, 1), has_aux=True
         )(state.params, probe, state.rest, batch)

@@ -240,6 +240,18 @@ def test_tensorboard(tmp_path, capsys, monkeypatch):
     assert "pip install -e '.[tensorboard]'" in complaint
 
 
+@pytest.mark.parametrize("reports", [True, False])
+def test_gradients_with_and_without_a_backward_report(reports, tmp_path, capsys):
+    gradient = ("--solver=broyden", "--gradient=shine") if reports else ("--gradient=phantom",)
+    code, output, _ = run(capsys, *gradient, "--epochs=1", f"--run-dir={tmp_path}")
+    assert code == 0
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert np.isfinite(record["train_loss"])
+    in_output = any("| backward" in line for line in output)
+    assert ("backward_evaluations" in record) == in_output == reports
+    assert (tmp_path / "residuals.png").is_file()
+
+
 def test_residual_traces_are_those_of_the_solves():
     parts = experiment(train_examples=50)
     model = nnx.merge(parts.evaluation_definition, parts.state.params, parts.state.rest, copy=True)

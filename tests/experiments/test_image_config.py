@@ -2,6 +2,19 @@ import dataclasses
 
 import pytest
 
+from deq_jax import (
+    GMRES,
+    Anderson,
+    BiCGStab,
+    Broyden,
+    Implicit,
+    Neumann,
+    NewtonKrylov,
+    OneStep,
+    Phantom,
+    Picard,
+    Unrolled,
+)
 from experiments.image_config import PRESETS, Config, parse
 
 
@@ -13,6 +26,44 @@ def test_picard_and_a_backward_solver_of_its_own():
     backward = config.gradient_policy().backward_solver(solver)
     assert type(backward).__name__ == "Anderson"
     assert (backward.tol, backward.max_iter, backward.history) == (0.05, 9, 3)
+
+
+SOLVERS = {
+    "anderson": Anderson(tol=1e-2, max_iter=25),
+    "picard": Picard(tol=1e-2, max_iter=25),
+    "broyden": Broyden(memory=7, tol=1e-2, max_iter=25),
+    "newton_krylov": NewtonKrylov(GMRES(restart=9), tol=1e-2, max_iter=25),
+    "gmres": GMRES(restart=9, tol=1e-2, max_iter=25),
+    "bicgstab": BiCGStab(tol=1e-2, max_iter=25),
+}
+
+GRADIENTS = {
+    "implicit": Implicit(),
+    "one_step": OneStep(),
+    "neumann": Neumann(3, 0.5),
+    "phantom": Phantom(3, 0.5),
+    "unrolled": Unrolled(),
+    "shine": Implicit(max_iter=3, reuse=True),
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_solvers(name):
+    sizes = ["--memory=7", "--restart=9"]
+    if name not in ("gmres", "bicgstab"):
+        assert parse([f"--solver={name}", *sizes]).forward_solver() == SOLVERS[name]
+    policy = parse([f"--backward-solver={name}", *sizes]).gradient_policy()
+    assert policy == Implicit(solver=SOLVERS[name])
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients(name):
+    more = {
+        "neumann": ["--gradient-steps=3", "--gradient-damping=0.5"],
+        "phantom": ["--gradient-steps=3"],
+        "shine": ["--solver=broyden", "--backward-max-iter=3"],
+    }
+    assert parse([f"--gradient={name}", *more.get(name, [])]).gradient_policy() == GRADIENTS[name]
 
 
 def test_presets():
@@ -49,6 +100,10 @@ def test_presets():
         (["--train-examples=0"], "--train-examples must be at least 1, got 0"),
         (["--backward-max-iter=0"], "--backward-max-iter must be at least 1, got 0"),
         (["--seed=-1"], "--seed must be at least 0, got -1"),
+        (["--gradient=shine"], "--gradient shine needs --solver broyden, got anderson"),
+        (["--gradient-steps=3"], "--gradient-steps is for --gradient neumann or phantom"),
+        (["--gradient=one_step", "--backward-tol=1e-3"], "is for --gradient implicit or shine"),
+        (["--backward-solver=gmres", "--max-iter=1"], "GMRES.max_iter must be at least 2"),
     ],
 )
 def test_bad_flags_are_named(flags, named, capsys):
