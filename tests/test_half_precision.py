@@ -69,14 +69,17 @@ def jacobians(w, z):
     return slope[:, :, None] * w
 
 
-def terms(w, z, y, count, damping):
-    """`Σ_{t < count} τ ((1 - τ) + τ Jᵀ)ᵗ y`: what Neumann and Phantom hand to f."""
-    total, term = 0, damping * y
-    for _ in range(count):
-        total = total + term
-        pulled = np.einsum("bij,bi->bj", jacobians(w, z), term)
-        term = (1 - damping) * term + damping * pulled
-    return total
+def truncated(count):
+    """`Σ_{t < count} (Jᵀ)ᵗ y`."""
+
+    def u(w, z, y):
+        total = term = y
+        for _ in range(count - 1):
+            term = np.einsum("bij,bi->bj", jacobians(w, z), term)
+            total = total + term
+        return total
+
+    return u
 
 
 def solved(w, z, y):
@@ -91,11 +94,7 @@ def pulled_back(w, z, u):
     return {"w": by_mixed.T @ z, "b": u.sum(0), "x": u}
 
 
-def truncated(count, damping):
-    return lambda *given: terms(*given, count, damping)
-
-
-# Solver, policy, and the u that its gradient stands for.
+# Solver, policy, and the u that its gradient stands for; None where it is that of some steps.
 CASES = [
     (PICARD, Implicit(), solved),
     (ANDERSON, Implicit(), solved),
@@ -104,21 +103,21 @@ CASES = [
     (ANDERSON, Implicit(GMRES(tol=TOL)), solved),
     (ANDERSON, Implicit(BiCGStab(tol=TOL)), solved),
     (BROYDEN, Implicit(reuse=True), solved),
-    (ANDERSON, OneStep(), truncated(1, 1.0)),
-    (ANDERSON, Neumann(4), truncated(4, 1.0)),
-    (ANDERSON, Phantom(4, 0.7), truncated(4, 0.7)),
+    (ANDERSON, OneStep(), truncated(1)),
+    (ANDERSON, Neumann(3), truncated(3)),
+    (ANDERSON, Phantom(4, 0.7), None),
     (PICARD, Unrolled(), None),
 ]
 
 
-def unrolled(given, iterations):
-    """The gradient of plain steps from zero, as many for each sample as the solver took."""
+def through_steps(given, start, steps, damping):
+    """The gradient of so many steps `z <- (1 - τ) z + τ f(z)` of each sample."""
 
     def loss(given, x):
-        z = total = 0 * x
-        for k in range(iterations.max()):
-            total = jnp.where((iterations == k + 1)[:, None], z, total)
-            z = flat_cell(given, z, x)
+        z = total = jnp.asarray(start)
+        for k in range(steps.max() + 1):
+            total = jnp.where((steps == k)[:, None], z, total)
+            z = (1 - damping) * z + damping * flat_cell(given, z, x)
         return (total * given["y"]).sum()
 
     with jax.enable_x64(True):
@@ -130,7 +129,7 @@ def unrolled(given, iterations):
 def name(value):
     if isinstance(value, Implicit):
         return f"Implicit {type(value.solver).__name__}{' reuse' * value.reuse}"
-    return type(value).__name__
+    return "" if value is None or callable(value) else type(value).__name__
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -172,17 +171,18 @@ def test_forwards_and_backwards(dtype, solver, policy, u):
     assert relative_error(reached, exact) <= (TOL + 2 * rounding) / 0.3
 
     got = {"w": by_params["w"], "b": by_params["b"], "x": join(by_x)}
-    if u is None:
-        expected = unrolled(given, np.asarray(stats.iterations))
+    if isinstance(policy, Unrolled):
+        expected = through_steps(given, 0 * x, np.asarray(stats.iterations) - 1, 1.0)
+    elif isinstance(policy, Phantom):
+        steps = np.full(BATCH, policy.steps)
+        expected = through_steps(given, reached, steps, policy.damping)
     else:
-        expected = pulled_back(w, exact, u(w, exact, y))
-    # An error of TOL in z, and in u where that is solved for, times ‖(I - J)⁻¹‖ at worst; the
-    # other gradients have only that of z, damped by a derivative, or of rounding.
-    bound = 2.5 * TOL if u is solved else TOL
+        z = exact if u is solved else reached
+        expected = pulled_back(w, z, u(w, z, y))
+    # TOL in z and in u, times ‖(I - J)⁻¹‖ <= 1 / 0.3 at worst, or rounding alone.
+    bound = 3 * TOL if u is solved else 2 * rounding
     for key in expected:
-        error = relative_error(np.asarray(got[key], np.float64), expected[key])
-        print(f"{dtype.__name__} {name(solver)} {name(policy)} {key} {error:.4f}")
-        assert error <= bound, key
+        assert relative_error(np.asarray(got[key], np.float64), expected[key]) <= bound, key
 
 
 def test_the_policies_can_be_told_apart():
@@ -192,6 +192,5 @@ def test_the_policies_can_be_told_apart():
     with jax.enable_x64(True):
         z = np.asarray(newton_equilibrium(lambda z: flat_cell(given, z, x), 0 * x))
     exact = pulled_back(w, z, solved(w, z, y))
-    for u in (truncated(1, 1.0), truncated(4, 1.0), truncated(4, 0.7)):
-        print(relative_error(pulled_back(w, z, u(w, z, y)), exact))
-        assert relative_error(pulled_back(w, z, u(w, z, y)), exact) > 4 * TOL
+    for u in (truncated(1), truncated(3)):
+        assert relative_error(pulled_back(w, z, u(w, z, y)), exact) > 5 * TOL

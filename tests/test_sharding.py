@@ -1,6 +1,10 @@
 """`deq_fixed_point` over four virtual devices: `shard_map` with its checks on, and sharded jit."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +13,23 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deq_jax import Anderson, BackwardProbe, Picard, SolveStats, deq_fixed_point, solve_adjoint
+from deq_jax import (
+    GMRES,
+    Anderson,
+    BackwardProbe,
+    BiCGStab,
+    Broyden,
+    Implicit,
+    Neumann,
+    NewtonKrylov,
+    OneStep,
+    Phantom,
+    Picard,
+    SolveStats,
+    Unrolled,
+    deq_fixed_point,
+    solve_adjoint,
+)
 from tests.reference import implicit_gradient, newton_equilibrium, relative_error
 
 SOLVERS = {
@@ -256,3 +276,104 @@ def test_shard_map_of_an_f_that_communicates(solver):
     # A sample that has stopped stands still while what the others add to the mean still moves.
     assert relative_error(z, expected_z) < 1e-10
     assert relative_error(gradients, expected) < 1e-9
+
+
+@pytest.mark.parametrize("backward", [GMRES(tol=1e-13), Picard(tol=1e-13, max_iter=300)], ids=repr)
+def test_shard_map_second_derivatives_in_reverse_mode(backward):
+    params, x, cotangent = make_params(), normal(8, 3), normal(8, 3, seed=2)
+
+    def curvature(params, x, cotangent):
+        def loss(x):
+            options = {"solver": SOLVERS["picard"], "gradient": Implicit(backward)}
+            return jnp.vdot(cotangent, deq_fixed_point(cell, params, x, **options))
+
+        return jnp.sin(jax.grad(loss)(x)).sum()
+
+    specs = (P(), P("data"), P("data")), P()
+    sharded = over_batch(lambda *args: jax.lax.psum(curvature(*args), "data"), *specs)
+    got = jax.jit(jax.grad(sharded, (0, 1)))(params, x, cotangent)
+
+    def through_a_loop(params, x):
+        def loss(x):
+            z = jax.lax.fori_loop(0, 200, lambda _, z: cell(params, z, x), jnp.zeros_like(x))
+            return jnp.vdot(cotangent, z)
+
+        return jnp.sin(jax.grad(loss)(x)).sum()
+
+    expected = jax.jit(jax.grad(through_a_loop, (0, 1)))(params, x)
+    assert relative_error(got, expected) < 1e-9
+
+
+STAY = Picard(tol=0.0, max_iter=1)  # returns its start
+POLICIES = {
+    "Picard": (STAY, Implicit(Picard(tol=1e-12, max_iter=300))),
+    "Anderson": (STAY, Implicit(Anderson(tol=1e-12, max_iter=100))),
+    "Broyden": (STAY, Implicit(Broyden(tol=1e-12))),
+    "GMRES": (STAY, Implicit(GMRES(restart=2, tol=1e-12))),
+    "BiCGStab": (STAY, Implicit(BiCGStab(tol=1e-12))),
+    "NewtonKrylov": (STAY, Implicit(NewtonKrylov(tol=1e-12))),
+    "SHINE": (Broyden(tol=1e-4), Implicit(reuse=True, tol=1e-12)),
+    "OneStep": (STAY, OneStep()),
+    "Neumann": (STAY, Neumann(4, 0.8)),
+    "Phantom": (STAY, Phantom(4, 0.8)),
+    "Unrolled": (Picard(tol=1e-6, max_iter=40), Unrolled()),
+}
+ALSO_BY_JIT = ("GMRES", "Phantom", "Unrolled")
+
+
+def check_policies_on_eight_devices():
+    """To be run in a process of its own: eight devices, and what waits for ever can be stopped."""
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    assert jax.device_count() == 8
+    devices = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    # Devices differ by far in how many iterations they need, forwards and backwards.
+    params, cotangent = make_params(), normal(16, 3, seed=2)
+    x = normal(16, 3) * jnp.logspace(-1, 1, 16)[:, None]
+    z = normal(16, 3, seed=3)
+
+    for name, (solver, policy) in POLICIES.items():
+
+        def loss(params, x, z, cotangent, solver=solver, policy=policy):
+            value, stats = deq_fixed_point(
+                cell, params, x, z, solver=solver, gradient=policy, return_stats=True
+            )
+            return jnp.vdot(cotangent, value), stats.iterations
+
+        gradient = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+        expected, iterations = gradient(params, x, z, cotangent)
+        specs = {"in_specs": (P(), *[P("data")] * 3), "out_specs": ((P(), P("data")), P("data"))}
+        local = jax.shard_map(gradient, mesh=devices, **specs)
+        got, local_iterations = jax.jit(local)(params, x, z, cotangent)
+        assert relative_error(got, expected) < 1e-10, name
+        np.testing.assert_array_equal(local_iterations, iterations, err_msg=name)
+        if name == "Unrolled":
+            assert len(set(np.asarray(iterations).reshape(8, 2).max(1).tolist())) > 3
+        if name in ALSO_BY_JIT:
+            sharded = jax.device_put((x, z, cotangent), NamedSharding(devices, P("data")))
+            replicated = jax.device_put(params, NamedSharding(devices, P()))
+            got, _ = gradient(replicated, *sharded)
+            assert relative_error(got, expected) < 1e-10, name
+        print(name, "agrees")
+
+
+def test_every_policy_on_eight_devices():
+    code = "from tests.test_sharding import check_policies_on_eight_devices as c; c()"
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("agrees") == len(POLICIES)

@@ -24,9 +24,10 @@ HEAD = """\
 
 Defects found in other libraries, and traps of JAX and Flax, each with a small test that would fail
 if deq_jax had it too. `tests/museum/` holds the tests; this page is made from them by
-`python -m tests.museum.generate`. T1 to T22, J1 to J12 and O1 to O7 are our own numbers, from reading
-and running torchdeq@4f6bd5f, jaxopt 0.8.5, and optimistix 0.1.0 with lineax 0.1.1; their figures were
-measured on 2 CPU cores. `name#1` is an issue of that project. Later versions may have mended some.
+`python -m tests.museum.generate`. T1 to T22, J1 to J12 and O1 to O7 are our own numbers, from
+reading and running torchdeq@4f6bd5f, jaxopt 0.8.5, and optimistix 0.1.0 with lineax 0.1.1; their
+figures were measured on 2 CPU cores. `name#1` is an issue of that project. Later versions may have
+mended some.
 
 | where | what went wrong | what holds here | test |
 | --- | --- | --- | --- |

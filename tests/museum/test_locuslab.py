@@ -33,7 +33,6 @@ from deq_jax import (
 from deq_jax.cells import FeedForwardCell
 from tests.museum.catalogue import defect
 from tests.museum.problems import (
-    SOLVERS,
     normal,
     picard_trace,
     primitives,
@@ -87,13 +86,12 @@ def test_the_batch_size_changes_nothing():
     "UnboundLocalError where no step improved on the start",
     we="the start is an iterate like any other and is returned with its residual",
 )
-@pytest.mark.parametrize("name", ["anderson", "broyden"])
-def test_no_step_improves(name):
+def test_no_step_improves():
     def f(_, z, start):  # good at the start alone
         return jnp.where(z == start, start + 0.01, z + 1 + jnp.abs(z))
 
     start = np.ones((2, 3), np.float32)
-    z, stats = solve_fixed_point(f, None, start, start, solver=SOLVERS[name](max_iter=8))
+    z, stats = solve_fixed_point(f, None, start, start, solver=Anderson(max_iter=8))
     np.testing.assert_array_equal(z, start)
     np.testing.assert_allclose(stats.residual, 0.01 / 1.01, rtol=1e-4)
     np.testing.assert_array_equal(stats.status, Status.MAX_ITER)
@@ -244,11 +242,10 @@ def test_broyden_starts_with_a_picard_step():
     "the sign of the backward equation was unclear: Jᵀu + y = 0 or u = Jᵀu + y",
     we="u = Jᵀu + y, and solve_adjoint returns exactly that u",
 )
-@pytest.mark.parametrize("name", ["anderson", "broyden"])
 @pytest.mark.usefixtures("x64")
-def test_the_sign_of_the_backward_equation(name):
+def test_the_sign_of_the_backward_equation():
     z = tanh_solution(W, X)
-    adjoint = functools.partial(solve_adjoint, tanh_cell, solver=SOLVERS[name](tol=1e-11))
+    adjoint = functools.partial(solve_adjoint, tanh_cell, solver=Broyden(tol=1e-11))
     u, stats = jax.jit(adjoint)(W, X, z, Y)
     np.testing.assert_array_equal(stats.status, Status.CONVERGED)
     np.testing.assert_allclose(u, tanh_adjoint(W, z, Y), rtol=0, atol=1e-9)
@@ -373,6 +370,8 @@ def test_the_quick_start_at_other_batch_sizes(batch):
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     block = next(block for block in blocks if "deq_fixed_point" in block)
     assert block.count("(4, ") == 2  # the shapes of x and z0
+    if batch < 64:  # the gradient, slow to compile, at the largest batch only
+        block = re.sub(r"^gradient = .*\n", "", block, flags=re.MULTILINE)
     names = {}
     exec(block.replace("(4, ", f"({batch}, "), names)
     z, f, params, x = (names[name] for name in ("z", "f", "params", "x"))
@@ -442,11 +441,10 @@ def test_closed_form():
 @defect(
     "akbir/deq-jax",
     "the backward tolerance lay below float32 resolution, so the solve usually ran to its cap",
-    we="the tolerance is relative to the cotangent: reached well before the cap at any scale",
+    we="the tolerance is relative to the cotangent: reached well before the cap, a tiny one too",
 )
-@pytest.mark.parametrize("scale", [1e-12, 1.0])
-def test_the_backward_tolerance_can_be_met(scale):
-    w, x = np.float32(W), np.float32(X)
+def test_the_backward_tolerance_can_be_met():
+    w, x, scale = np.float32(W), np.float32(X), 1e-12
 
     def loss(x, probe):
         z = deq_fixed_point(tanh_cell, w, x, solver=Anderson(tol=1e-5), backward_probe=probe)
@@ -494,6 +492,11 @@ def test_damped_anderson_does_not_freeze():
     expected = 1 / (1 + np.exp(-(a - 16 * (np.sum(p) - p) / 7) / 0.1))
     assert stats.status[0] == Status.CONVERGED
     assert np.linalg.norm(expected - p) <= 2e-3
+    # A window with a far smaller residual, whose target is z itself: the proposal would be z.
+    solver, small = Anderson(history=2, mixing=0.3), np.array([[1e-3, 0.0]])
+    z, g = np.zeros((1, 2)), np.array([[0.0, 1.0]])
+    _, state = solver.step(z - 0.3 * small, z + 0.7 * small, solver.init(z, z))
+    np.testing.assert_allclose(solver.step(z, z + g, state)[0], z + 0.3 * g, rtol=1e-6)
 
 
 @defect(

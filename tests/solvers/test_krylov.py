@@ -105,20 +105,35 @@ def test_a_capped_solve_says_so(method):
     assert (stats.residual > 1e-8).all()
 
 
+def smallest_residual(matrix, y, k):
+    """Over {y, A y, ..., Aᵏ⁻¹ y}, by a dense least-squares problem."""
+    powers = [np.linalg.matrix_power(matrix, j) @ y for j in range(k)]
+    basis = np.linalg.qr(np.stack(powers, axis=1))[0]
+    operator = (np.eye(len(y)) - matrix) @ basis
+    c = np.linalg.lstsq(operator, y, rcond=None)[0]
+    return np.linalg.norm(y - operator @ c) / np.linalg.norm(y)
+
+
 @x64
 def test_gmres_has_the_smallest_residual_over_its_space():
-    """Against a dense least-squares problem over {y, A y, ..., Aᵏ y}."""
     matrices, y = nonsymmetric(), normal(3, 12, seed=1)
     for k in (1, 4):
         # One product more measures the residual.
         stats = solve(GMRES(tol=1e-8, max_iter=k + 1), matrices, y).stats
-        for i in range(3):
-            powers = [np.linalg.matrix_power(matrices[i], j) @ y[i] for j in range(k)]
-            basis = np.linalg.qr(np.stack(powers, axis=1))[0]
-            operator = (np.eye(12) - matrices[i]) @ basis
-            c = np.linalg.lstsq(operator, y[i], rcond=None)[0]
-            smallest = np.linalg.norm(y[i] - operator @ c) / np.linalg.norm(y[i])
-            np.testing.assert_allclose(stats.residual[i], smallest, rtol=1e-9)
+        expected = [smallest_residual(*sample, k) for sample in zip(matrices, y, strict=True)]
+        np.testing.assert_allclose(stats.residual, expected, rtol=1e-9)
+
+
+@x64
+def test_gmres_stops_at_the_first_product_that_meets_the_tolerance():
+    """Each sample at its own, in the middle of a cycle."""
+    matrices, y = nonsymmetric(), normal(3, 12, seed=1)
+    stats = solve(GMRES(tol=1e-3), matrices, y).stats
+    for i in range(3):
+        residuals = [smallest_residual(matrices[i], y[i], k) for k in range(1, 13)]
+        needed = np.argmax(np.array(residuals) <= 1e-3) + 1
+        assert stats.iterations[i] == needed + 1
+    assert stats.iterations[0] < 8 < stats.iterations[2]
 
 
 @pytest.mark.parametrize(
@@ -274,20 +289,22 @@ def test_a_tree_is_solved_as_the_array_of_its_leaves(method):
 @BOTH
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_reports_the_residual_of_what_it_returns(method, dtype):
-    """Rounding u to half precision is part of the residual, which keeps 1e-4 out of reach."""
-    matrices = jnp.asarray(nonsymmetric(seed=3) / 2, dtype)
+    """Rounding u to half precision is part of the residual, which keeps 1e-4 out of reach.
+
+    The matrices hold a power of two in every row: A u is exact, and u alone is rounded.
+    """
+    rng = np.random.default_rng(0)
+    powers = np.resize([0.5, -0.25, 0.5, -0.5, 0.125, -0.5], 12)
+    matrices = np.stack([np.diag(powers)[:, rng.permutation(12)] for _ in range(3)])
     y = jnp.asarray(normal(3, 12, seed=1), dtype)
-    u, stats = solve(method(tol=1e-4, max_iter=30), matrices, y)
+    u, stats = solve(method(tol=1e-4, max_iter=30), jnp.asarray(matrices, dtype), y)
     assert u.dtype == dtype
     assert stats.residual.dtype == jnp.float32
     residual = true_residual(matrices, y, u)
-    # The product is rounded as well, by half a unit in the last place of A u at most.
-    rounding = np.linalg.norm(u.astype(np.float64), axis=1) / np.linalg.norm(
-        y.astype(float), axis=1
-    )
-    rounding *= 0.5 * float(jnp.finfo(dtype).eps)
-    assert (np.abs(stats.residual - residual) <= rounding).all()
-    assert (residual <= 4 * rounding).all()
+    np.testing.assert_allclose(stats.residual, residual, rtol=1e-4)
+    assert (residual <= float(jnp.finfo(dtype).eps)).all()
+    expected = np.where(residual <= 1e-4, Status.CONVERGED, Status.MAX_ITER)
+    np.testing.assert_array_equal(stats.status, expected)
 
 
 @pytest.mark.parametrize("solver", [GMRES(4, 1e-5), BiCGStab(1e-5)])
