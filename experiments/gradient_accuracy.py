@@ -268,9 +268,9 @@ x, `‖g - g_exact‖ / ‖g_exact‖`, against a dense solve of the implicit fu
 Forward and backward solves run to a relative residual of {tolerances}. In brackets: some sample's
 forward solve did not reach that, so that the gradient is that of another point. Forward:
 evaluations of f, and Jacobian products where a solver uses them. Backward: transposed products that
-the probe reported, both in float32; one more, into params and x, ends every backward pass. Of those
-of `OneStep` and `Neumann` the last one only measures their residual and is left out without a probe;
-`Phantom` and `Unrolled` solve no system backwards.
+the probe reported, both in float32; one more, into params and x, ends every backward pass. Of
+those of `OneStep` and `Neumann` the last one only measures their residual and is left out without a
+probe; `Phantom` and `Unrolled` solve no system backwards.
 
 Bias and cost of each policy are in its docstring. In short: `Implicit` is as exact as its
 tolerances, whatever solves its linear system; `OneStep`, `Neumann` and `Phantom` leave out what a

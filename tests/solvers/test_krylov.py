@@ -133,7 +133,7 @@ def test_gmres_stops_at_the_first_product_that_meets_the_tolerance():
         residuals = [smallest_residual(matrices[i], y[i], k) for k in range(1, 13)]
         needed = np.argmax(np.array(residuals) <= 1e-3) + 1
         assert stats.iterations[i] == needed + 1
-    assert stats.iterations[0] < 8 < stats.iterations[2]
+    assert stats.iterations[0] < 10 < stats.iterations[2]
 
 
 @pytest.mark.parametrize(
@@ -155,13 +155,14 @@ def test_a_cycle_ends_where_the_tolerance_is_met(solver, products):
 @BOTH
 @x64
 def test_a_sample_does_not_depend_on_its_batch_mates(method):
-    """A mate that takes four times the products, restarts, or never gets there."""
-    easy, hard = with_spectrum([0.5, -0.4, 0.2]), with_spectrum(np.linspace(-3, 0.999, 12), seed=1)
+    """A mate that needs many more products, in cycles of its own."""
+    easy = with_spectrum(np.linspace(-0.3, 0.4, 12))
+    hard = with_spectrum(np.linspace(-3, 0.999, 12), seed=1)
     matrices, y = np.stack([easy, hard, 0.5 * easy]), normal(3, 12, seed=1)
     options = {"restart": 5} if method is GMRES else {}
     solver = method(tol=1e-8, max_iter=40, **options)
     u, stats = solve(solver, matrices, y)
-    assert stats.iterations[1] >= 3 * stats.iterations[0]
+    assert stats.iterations[1] >= stats.iterations[0] + 8
     for i in range(3):
         alone, alone_stats = solve(solver, matrices[i : i + 1], y[i : i + 1])
         np.testing.assert_allclose(u[i], alone[0], rtol=0, atol=1e-12 * np.abs(u[i]).max())
@@ -366,3 +367,13 @@ def test_bad_options_are_named(method, change, error):
     with pytest.raises((ValueError, TypeError)) as raised:
         method(**change)
     assert error in str(raised.value)
+
+
+@BOTH
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.xfail(reason="tree.pack promotes to a complex dtype implicitly")
+def test_complex_states_under_strict_promotion(method, wide):
+    with jax.enable_x64(wide):
+        y = jnp.asarray([[1.0 + 1j, 2.0]], jnp.complex128 if wide else jnp.complex64)
+        u, _ = jax.jit(lambda y: method().solve_linear(lambda u: y.dtype.type(0.5j) * u, y))(y)
+        np.testing.assert_allclose(u, y / (1 - 0.5j), rtol=1e-4)

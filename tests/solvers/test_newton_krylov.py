@@ -256,8 +256,11 @@ def test_a_state_in_three_leaves_takes_the_arrays_steps():
 
 @pytest.mark.usefixtures("x64", "standard_promotion")
 def test_complex_states():
-    matrix = normal(6, 6, scale=0.1) + 1j * normal(6, 6, seed=1, scale=0.1)
-    x = normal(2, 6, seed=2) + 0.3j * normal(2, 6, seed=3)
+    matrix, x = (
+        jax.lax.complex(normal(*shape, seed=1), 0.3 * normal(*shape, seed=2))
+        for shape in ((6, 6), (2, 6))
+    )
+    matrix = matrix * 0.1
     z, stats = solve_fixed_point(
         lambda m, z, x: jnp.sin(z) @ m.T + x, matrix, x, solver=NewtonKrylov(tol=1e-11)
     )
