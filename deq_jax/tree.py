@@ -117,7 +117,7 @@ def pack(a: PyTree) -> jax.Array:
     leaves = jax.tree.leaves(flatten_samples(a))
     dtype = tree_accumulation_dtype(a)
     if any(jnp.iscomplexobj(leaf) for leaf in leaves):
-        dtype = jnp.result_type(dtype, jnp.complex64)
+        dtype = jnp.dtype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
     leaves = [leaf.astype(dtype) for leaf in leaves]
     return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves, axis=1)
 

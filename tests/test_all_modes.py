@@ -102,7 +102,6 @@ MODES = {
             for leaf in jax.tree.leaves(jax.grad(functools.partial(loss, solve))(a))
         )
     ),
-    "third": lambda solve: jax.grad(slope(slope(functools.partial(loss, solve)))),
 }
 
 
@@ -136,8 +135,6 @@ def test_hessian_with_a_probe():
 
     probe = BackwardProbe.zeros(2)
     got = jax.jit(jax.hessian(probed))(inputs(), probe)
-    assert relative_error(got, expected("hessian")) < 1e-9
-    got = jax.jit(jax.jacrev(jax.grad(probed)))(inputs(), probe)
     assert relative_error(got, expected("hessian")) < 1e-9
 
 
@@ -206,7 +203,6 @@ TREE_MODES = {
         )[1]
     ),
     "grad": lambda solve, **options: jax.grad(functools.partial(tree_loss, solve, **options)),
-    "hessian": lambda solve, **options: jax.hessian(functools.partial(tree_loss, solve, **options)),
     "grad of grad": lambda solve, **options: jax.jacrev(
         jax.grad(functools.partial(tree_loss, solve, **options))
     ),
@@ -375,16 +371,33 @@ def softened(v):
 softened.defvjp(lambda v: (jnp.tanh(v),) * 2, lambda t, cotangent: ((1 - t**2) * cotangent,))
 
 
+def with_activation(activation, solve, inputs):
+    def f(W, z, x):
+        return activation(z @ W.T + x + inputs["bias"])
+
+    return (solve(f, inputs["W"], inputs["x"], jnp.zeros_like(inputs["x"])) ** 3).sum()
+
+
+@functools.lru_cache
+def expected_with_tanh():
+    return jax.jit(jax.grad(functools.partial(with_activation, jnp.tanh, unrolled)))(inputs())
+
+
 @pytest.mark.parametrize("choice", ["Anderson, GMRES", "SHINE, refined", "Unrolled"])
 def test_reverse_mode_of_a_cell_with_a_reverse_rule_only(choice):
-    def total(activation, solve, inputs):
-        def f(W, z, x):
-            return activation(z @ W.T + x + inputs["bias"])
+    total = functools.partial(with_activation, softened, functools.partial(layer, choice))
+    assert relative_error(jax.jit(jax.grad(total))(inputs()), expected_with_tanh()) < 1e-9
 
-        return (solve(f, inputs["W"], inputs["x"], jnp.zeros_like(inputs["x"])) ** 3).sum()
 
-    got = jax.jit(jax.grad(functools.partial(total, softened, functools.partial(layer, choice))))(
-        inputs()
-    )
-    plain = jax.jit(jax.grad(functools.partial(total, jnp.tanh, unrolled)))(inputs())
-    assert relative_error(got, plain) < 1e-9
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "Picard",
+        "Unrolled",
+    ],
+)
+def test_vmap_of_a_cell_with_a_reverse_rule_only(choice):
+    total = functools.partial(with_activation, softened, functools.partial(layer, choice))
+    got = jax.vmap(jax.grad(total))(jax.tree.map(lambda leaf: leaf[None], inputs()))
+    got = jax.tree.map(lambda leaf: leaf[0], got)
+    assert relative_error(got, expected_with_tanh()) < 1e-9

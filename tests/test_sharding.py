@@ -278,6 +278,26 @@ def test_shard_map_of_an_f_that_communicates(solver):
     assert relative_error(gradients, expected) < 1e-9
 
 
+@pytest.mark.parametrize(
+    "policy", [Phantom(3), Unrolled()], ids=lambda policy: type(policy).__name__
+)
+def test_shard_map_of_policies_that_differentiate_an_f_that_communicates(policy):
+    params, x, weights = normal(3, 3) * 0.3, normal(8, 3), normal(8, 3, seed=2)
+    x = x * jnp.linspace(0.01, 3, 8)[:, None]
+
+    def total(params, x, weights, mean):
+        f = lambda params, z, x: jnp.tanh((z - 0.5 * mean(z)) @ params + x)  # noqa: E731
+        z = deq_fixed_point(f, params, x, solver=SOLVERS["picard"], gradient=policy)
+        return jnp.vdot(weights, z)
+
+    across = functools.partial(total, mean=lambda z: jax.lax.pmean(z.mean(0), "data"))
+    specs = (P(), P("data"), P("data")), (P(), P("data"))
+    got = over_batch(jax.grad(across, (0, 1)), *specs)(params, x, weights)
+    whole = functools.partial(total, mean=lambda z: z.mean(0))
+    expected = jax.jit(jax.grad(whole, (0, 1)))(params, x, weights)
+    assert relative_error(got, expected) < 1e-9
+
+
 @pytest.mark.parametrize("backward", [GMRES(tol=1e-13), Picard(tol=1e-13, max_iter=300)], ids=repr)
 def test_shard_map_second_derivatives_in_reverse_mode(backward):
     params, x, cotangent = make_params(), normal(8, 3), normal(8, 3, seed=2)

@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax import Anderson, BackwardProbe, Picard, Status, deq_fixed_point
+from deq_jax import (
+    GMRES,
+    Anderson,
+    BackwardProbe,
+    Implicit,
+    Neumann,
+    Picard,
+    Status,
+    Unrolled,
+    deq_fixed_point,
+)
 from tests.reference import implicit_gradient, newton_equilibrium, relative_error
 
 ANDERSON = Anderson(tol=1e-13, max_iter=100)
@@ -111,6 +121,36 @@ def test_vmap_gradient_of_shared_params_is_the_sum():
     expected = [dense(params, x[i], cotangent[i])[1][0] for i in range(3)]
     summed = jax.tree.map(lambda *leaves: sum(leaves), *expected)
     assert relative_error(jax.jit(jax.grad(total))(params), summed) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Implicit(GMRES(tol=1e-13)), Neumann(80), Unrolled()],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_vmap_over_a_named_axis_that_f_communicates_over(policy):
+    """What is mapped over is coupled, so that all of it has to make as many trips."""
+    matrix, x = 0.3 * normal(3, 3), normal(4, 2, 3, seed=2) * jnp.logspace(-2, 1, 4)[:, None, None]
+    cotangent = normal(4, 2, 3, seed=3)
+    solver = Picard(tol=1e-13, max_iter=80)
+
+    def coupled(mean):
+        return lambda matrix, z, x: jnp.tanh((z - 0.5 * mean(z)) @ matrix + x)
+
+    def mapped(matrix, x):
+        f = coupled(lambda z: jax.lax.pmean(z, "models"))
+        one = functools.partial(deq_fixed_point, f, matrix, solver=solver, gradient=policy)
+        return jax.vmap(one, axis_name="models")(x)
+
+    def whole(matrix, x):
+        f = coupled(lambda z: z.mean(0))
+        return jax.lax.scan(lambda z, _: (f(matrix, z, x), None), jnp.zeros_like(x), length=200)[0]
+
+    got, expected = (
+        jax.jit(jax.grad(lambda *args: jnp.vdot(cotangent, solve(*args)), (0, 1)))(matrix, x)
+        for solve in (mapped, whole)
+    )
+    assert relative_error(got, expected) < 1e-9
 
 
 def test_probe_under_vmap_and_jit():

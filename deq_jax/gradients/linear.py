@@ -1,9 +1,9 @@
 """The linear system behind a gradient, `w = A w + b` with A = J or Jᵀ, J = ∂f/∂z at the solution.
 
 `solve_system` is one `lax.custom_linear_solve`: JAX derives from it the tangents, the transposes
-and the derivatives of derivatives of the solution. (Inside `shard_map`, where that does not work,
-it is a `custom_vjp`, in reverse mode only.) What solves the system, exactly or as a cheap
-approximation, is an `Inverse`; the choice of it is what tells the gradient policies apart.
+and the derivatives of derivatives of the solution. (Where that does not work, see `reverse_only`,
+it is a `custom_vjp`.) What solves the system, exactly or as a cheap approximation, is an `Inverse`;
+the choice of it is what tells the gradient policies apart.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from jax import lax
 
 from deq_jax import tree
 from deq_jax.equation import Captured, Traced, trace
+from deq_jax.gradients.operations import contains
 from deq_jax.gradients.prepared import Prepared, prepare
 from deq_jax.solvers.broyden import Broyden, BroydenState, InverseJacobian
 from deq_jax.solvers.krylov import LinearSolver
@@ -173,7 +174,7 @@ def solve_system(
     # Packed into one array: custom_linear_solve fails on a leaf that no differentiated input
     # reaches (jax#10929).
     packed = tree.pack(b)
-    if in_shard_map():
+    if reverse_only(equation):
         packed, stats = solver(transposed)(None, packed)
     else:
         packed, stats = lax.custom_linear_solve(
@@ -182,13 +183,16 @@ def solve_system(
     return tree.unpack(packed, z), stats
 
 
-def in_shard_map() -> bool:
-    """Whether JAX's all-modes linear solve cannot be used here.
+def reverse_only(equation: Traced) -> bool:
+    """Whether JAX's all-modes linear solve cannot be used, so that forward mode is not to be had.
 
-    `custom_linear_solve` (0.10) makes its arguments vary over one set of mesh axes after it has
-    traced its functions for the arguments as they were, and then fails.
+    - f contains a `custom_vjp` (a fused kernel, say) and has no forward derivative itself, which
+      `custom_linear_solve` would trip over as soon as it is batched.
+    - Inside `shard_map`, `custom_linear_solve` (0.10) makes its arguments vary over one set of mesh
+      axes after it has traced its functions for the arguments as they were, and then fails.
     """
-    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+    in_shard_map = bool(jax.sharding.get_abstract_mesh().manual_axes)
+    return in_shard_map or contains(equation.jaxpr, "custom_vjp_call")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

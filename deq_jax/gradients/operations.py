@@ -156,7 +156,7 @@ def _nested(equation: Any) -> tuple[Any, list[Any]] | None:
         ):
             return None
     elif name in _CUSTOM or name in _REMATERIALISED:
-        if not _contains_convolution(_body(params)):
+        if not contains(_body(params), "conv_general_dilated"):
             return None
     else:
         return None
@@ -170,11 +170,12 @@ def _body(params: dict[str, Any]) -> Any:
     return params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
 
 
-def _contains_convolution(jaxpr: Any) -> bool:
+def contains(jaxpr: Any, primitive: str) -> bool:
+    """Whether a primitive of this name occurs in the jaxpr or in those nested in it."""
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
     return any(
-        equation.primitive.name == "conv_general_dilated"
-        or any(_contains_convolution(inner) for inner in core.jaxprs_in_params(equation.params))
+        equation.primitive.name == primitive
+        or any(contains(inner, primitive) for inner in core.jaxprs_in_params(equation.params))
         for equation in jaxpr.eqns
     )
 

@@ -7,7 +7,8 @@ Two rules, chosen once, by whether a `BackwardProbe` is there:
   backward pass to report on.
 - without one, a `jax.custom_jvp` whose tangent is `solve_system`. JAX transposes that to obtain
   reverse mode, so `jvp`, `grad`, `hessian` and any mixture of them follow from one rule. Inside
-  `shard_map`, where JAX cannot transpose it, the first rule serves, in reverse mode only.
+  `shard_map`, and for an f that has no forward derivative, JAX cannot do that, and the first rule
+  serves, in reverse mode only.
 
 The forward part of the first calls the second, so that what is derived from a gradient with a probe
 is right too, forwards or in reverse.
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from deq_jax.equation import Captured, Traced
-from deq_jax.gradients.linear import Inverse, in_shard_map, solve_system
+from deq_jax.gradients.linear import Inverse, reverse_only, solve_system
 from deq_jax.solvers.broyden import InverseJacobian
 from deq_jax.stats import BackwardProbe
 
@@ -49,7 +50,7 @@ def at_solution(
         estimate: the forward solver's estimate of `(J - I)⁻¹`, to start from.
         probe: its cotangent becomes the report of the backward solve.
     """
-    if probe is None and not in_shard_map():
+    if probe is None and not reverse_only(equation):
         return _solution(equation, inverse, *captured, z, estimate)
     return _reverse_solution(equation, inverse, *captured, z, estimate, probe)
 

@@ -73,14 +73,15 @@ class Unrolled:
             solver = dataclasses.replace(solver, max_iter=self.steps)
         check_samples(sample_at, solver)
         f = _Differentiable(equation, captured, communicates(equation, captured))
+        # As many trips on every device of a `shard_map`: backpropagation sums the cotangents of
+        # what is the same on all of them in each trip, and would wait for ever for a device that
+        # made fewer.
+        mesh_axes = {*f.mesh_axes, *jax.sharding.get_abstract_mesh().manual_axes}
         run = iterate(
             f,
             jax.lax.stop_gradient(z0),
             solver,
-            # As many trips on every device of a `shard_map`: backpropagation sums the cotangents of
-            # what is the same on all of them in each trip, and would wait for ever for a device
-            # that made fewer.
-            mesh_axes=tuple(jax.sharding.get_abstract_mesh().manual_axes),
+            mesh_axes=tuple(sorted(mesh_axes)),
             sample_at=sample_at,
             unrolled=True,
         )

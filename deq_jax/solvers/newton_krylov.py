@@ -124,9 +124,10 @@ class NewtonKrylov:
         forcing = jnp.minimum(self.forcing, 0.9 * shrunk**2)
         # Half of the step that `tol` still asks for is enough; more would be solved in vain.
         needed = 0.5 * self.tol * tree.norm(lax.stop_gradient(tree.pack(fz)))
-        target = jnp.maximum(forcing * size, jnp.minimum(needed, self.forcing * size))
+        needed = needed / jnp.where(size > 0, size, 1)
+        accuracy = jnp.maximum(forcing, jnp.minimum(needed, self.forcing))
         rhs = tree.where(active & accepted, g, jnp.zeros_like(g))
-        correction, products = self._correction(product, rhs, target, z)
+        correction, products = self._correction(product, rhs, accuracy, z)
         # Where no correction was found (I - J may be singular) the plain step is taken.
         found = tree.norm(lax.stop_gradient(correction))
         sound = jnp.isfinite(found) & (found > 0)
@@ -144,25 +145,25 @@ class NewtonKrylov:
         return proposal, NewtonState(base, residual, direction, length, size, products)
 
     def _correction(
-        self, product: Any, g: jax.Array, target: jax.Array, like: PyTree
+        self, product: Any, g: jax.Array, accuracy: jax.Array, like: PyTree
     ) -> tuple[jax.Array, jax.Array]:
-        """`(I - J)⁻¹ g` within `target`, and the products it took."""
+        """`(I - J)⁻¹ g` to a relative residual of `accuracy` `[B]`, and the products it took."""
         any_of = agreement(product.mesh_axes)
 
-        def solve(product: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-            budget = self.krylov.max_iter
-            cycle = self.krylov.cycle(product, g, target, budget, any_of)
+        def solve(product: Any, g: jax.Array, accuracy: Any) -> tuple[jax.Array, jax.Array]:
+            target = accuracy * tree.norm(g)
+            cycle = self.krylov.cycle(product, g, target, self.krylov.max_iter, any_of)
             return cycle.correction, cycle.products
 
         apply = packed(product, like)
         if not product.differentiable:
-            return solve(apply, g)
+            return solve(apply, g, accuracy)
         # Inside a loop to be differentiated: the derivative of the exact solution of the system.
         correction, products = lax.custom_linear_solve(
             lambda v: v - apply(v),
             g,
-            lambda _, g: _as_float(solve(apply, g)),
-            lambda transposed, g: _as_float(solve(lambda v: v - transposed(v), g)),
+            lambda _, g: _as_float(solve(apply, g, accuracy)),
+            lambda transposed, y: _as_float(solve(lambda v: v - transposed(v), y, self.tol)),
             has_aux=True,
         )
         return correction, products.astype(jnp.int32)

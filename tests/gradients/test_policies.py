@@ -310,7 +310,7 @@ def test_linear_in_the_cotangent_and_no_gradient_for_the_start(name):
         np.testing.assert_array_equal(by_z0, 0)
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", ["Neumann", "Phantom", "SHINE", "Unrolled"])
 def test_float32(name):
     policy, solver = EXACT[name]
     if name == "SHINE":
@@ -405,13 +405,22 @@ def test_unrolled_is_the_derivative_of_what_was_computed(name):
     assert (np.linalg.norm(evaluate(params, z, x) - z, axis=1) > 1e-3).any()
 
 
-@pytest.mark.parametrize("solver", [Anderson(tol=1e-12), Broyden(tol=1e-12)], ids=repr)
+@pytest.mark.parametrize(
+    "solver",
+    [
+        Anderson(tol=1e-12),
+        Broyden(tol=1e-12),
+        NewtonKrylov(tol=1e-12),
+    ],
+    ids=lambda solver: type(solver).__name__,
+)
 def test_unrolled_converged_is_the_dense_gradient(solver):
     params, x, y = problem()
-    got, z = gradient(Unrolled(), solver, params, x, y)
     exact = solution(params, x)
-    assert relative_error(z, exact) < 1e-11
-    assert relative_error(got, reference("Unrolled", params, x, exact, y)) < 1e-8
+    for scale in (1.0, 1e-9):
+        got, z = gradient(Unrolled(), solver, params, x, scale * y)
+        assert relative_error(z, exact) < 1e-11
+        assert relative_error(got, reference("Unrolled", params, x, exact, scale * y)) < 1e-8
 
 
 SOLVERS = {
@@ -505,7 +514,7 @@ def test_any_backward_solver_starts_from_the_estimate(backward):
     else:  # u_0 is what was measured; y itself would have this residual:
         left = series(params, x, z, y, 2, 1.0) - y
         cold = np.linalg.norm(left, axis=1) / np.linalg.norm(y, axis=1)
-        assert (report.residual < 0.5 * cold).all()
+        assert (np.asarray(report.residual) < 0.5 * cold).all()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from deq_jax import (
 from tests import reference
 from tests.reference import relative_error
 
-AT = (1, 3, 6, 40)
+AT = (1, 3, 6, 35, 40)
 SAMPLES = 4
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -82,13 +82,13 @@ def test_samples_are_the_points_evaluated_and_then_the_final_state(name):
     params, x = problem()
     expected, stops = states(params, x, solver.tol, points)
     assert 1 < stops.min() < 6  # one sample gives its final state at the sixth evaluation,
-    assert 6 < stops.max() < 40  # and all of them do at the fortieth
+    assert 6 < stops.max() < 35  # and all of them do at the last two
 
     z, stats, samples = deq_fixed_point(
         cell, params, x, solver=solver, return_stats=True, sample_at=AT
     )
     np.testing.assert_array_equal(stats.iterations, stops)
-    assert [sample.shape for sample in samples] == [z.shape] * 4
+    assert [sample.shape for sample in samples] == [z.shape] * 5
     for sample, points in zip((*samples, z), expected, strict=True):
         np.testing.assert_allclose(sample, points, rtol=1e-8, atol=1e-12)
     np.testing.assert_array_equal(samples[3], z)
@@ -109,7 +109,7 @@ def test_samples_of_one_equation():
         batched=False,
         sample_at=AT,
     )
-    assert 3 < stops[0] < 40
+    assert 3 < stops[0] < 35
     for state, points in zip((*samples, z), expected[:, 0], strict=True):
         np.testing.assert_allclose(state["z"], points, rtol=1e-12)
 
@@ -194,9 +194,9 @@ def one_hot(x, slots):
     [
         (
             Implicit(Picard(tol=1e-14, max_iter=300)),
-            (OneStep(), Neumann(3, 0.6), Phantom(3, 0.6), Neumann(2)),
+            (OneStep(), Neumann(3, 0.6), Phantom(3, 0.6), Neumann(2), Neumann(3)),
         ),
-        (OneStep(), (Implicit(Picard(tol=1e-14, max_iter=300)), *[Phantom(2, 0.8)] * 3)),
+        (OneStep(), (Implicit(Picard(tol=1e-14, max_iter=300)), *[Phantom(2, 0.8)] * 4)),
     ],
     ids=["implicit at the end", "one step at the end"],
 )
@@ -208,9 +208,9 @@ def test_every_state_has_its_own_policy(gradient, per_sample):
     run = jax.jit(functools.partial(pulled, sample_at=AT, **options))
     policies = (*per_sample, gradient)
     total = None
-    for i, cotangents in enumerate(one_hot(x, 5)):
+    for i, cotangents in enumerate(one_hot(x, 6)):
         got, every = run(params, x, cotangents)
-        if i == 5:
+        if i == 6:
             assert relative_error(got, total) < 1e-12
             break
         expected = expected_gradient(params, x, every[i], cotangents[i], policies[i])
@@ -261,7 +261,7 @@ def test_unrolled_samples_are_differentiated_through_their_evaluations():
         last = np.minimum(number, stops) - 1
         return jnp.stack([visited[k][i] for i, k in enumerate(last)])
 
-    for number, cotangents in zip((*AT, 40), one_hot(x, 5)[:5], strict=True):
+    for number, cotangents in zip((*AT, 40), one_hot(x, 6)[:6], strict=True):
         y = sum(cotangents)
         got, _ = run(params, x, cotangents)
         loss = lambda *inputs: jnp.vdot(y, explicit(*inputs, number))  # noqa: E731
