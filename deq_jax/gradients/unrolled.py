@@ -30,8 +30,10 @@ class Unrolled:
     2 √max_iter copies of the solver's state, and one linearisation of f; it is what the other
     policies do without.
 
-    The gradient of a solver's own small systems is taken too. Where a factorisation in it fails (a
-    Gram matrix of dependent residuals), the gradient of that sample is NaN, and says so.
+    The gradient of a solver's own small systems is taken too. Where Anderson's factorisation fails
+    (a Gram matrix of dependent residuals: in half precision, or at a tolerance of rounding), the
+    gradient of that sample is NaN, and so is that of params, a sum over the batch. The inner solves
+    of NewtonKrylov are differentiated as if they were exact.
 
     Attributes:
         steps: most evaluations, in place of the solver's `max_iter`; None leaves that.
