@@ -95,7 +95,8 @@ def counts(policy, *args):
     products.clear()
     result = jax.block_until_ready(probed(policy, *args, counting_cell))
     jax.effects_barrier()
-    return result, len(products) - 1  # one, into params and x, comes after the solve
+    # The last product of the backward pass, into x, does not go through the state.
+    return result, len(products)
 
 
 BACKWARD = {
