@@ -1,5 +1,6 @@
 """What a gradient policy is: it solves an equation and says how the solution is differentiated."""
 
+import abc
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -48,7 +49,7 @@ def check_policy(name: str, policy: Any) -> None:
         )
 
 
-class AtSolution:
+class AtSolution(abc.ABC):
     """A policy that needs the solution only, and not how it was found.
 
     The solver runs on arrays cut off from differentiation; afterwards `attach` gives its result
@@ -77,9 +78,10 @@ class AtSolution:
         )
         return run._replace(value=value, samples=samples)
 
-    def check(self, solver: Solver) -> None:
+    def check(self, solver: Solver) -> None:  # noqa: B027  (most policies serve any solver)
         """Raises if the policy cannot serve a solution found by `solver`."""
 
+    @abc.abstractmethod
     def attach(
         self,
         equation: Traced,
@@ -99,7 +101,6 @@ class AtSolution:
             solver: the solver.
             probe: takes up the report of the backward solve.
         """
-        raise NotImplementedError
 
 
 def solve_detached(

@@ -10,6 +10,7 @@ residual reported is computed anew from the solution, by a product that is count
 works, the method itself running in float32.
 """
 
+import abc
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -85,7 +86,7 @@ class _Carry(NamedTuple):
     status: jax.Array
 
 
-class Restarted:
+class Restarted(abc.ABC):
     """Cycles of a Krylov method, each started from the true residual of the last solution."""
 
     tol: float
@@ -101,6 +102,7 @@ class Restarted:
                 f"correction and one to check it, got {self.max_iter}"
             )
 
+    @abc.abstractmethod
     def cycle(
         self, product: Product, r: jax.Array, target: jax.Array, budget: Any, any_of: AnyOf
     ) -> Cycle:
@@ -113,7 +115,6 @@ class Restarted:
             budget: int32, most products.
             any_of: whether any entry of a boolean `[B]` holds, on any device that matters.
         """
-        raise NotImplementedError
 
     def solve_linear(
         self,
