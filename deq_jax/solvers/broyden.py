@@ -179,6 +179,11 @@ class Broyden:
         v = inverse.apply_transposed(change)
         u, v, learned = _rank_one(change, b_change, v, g_change, ~rejected)
         direction = -(bg + tree.scale(tree.dot(v, g), u))
+        # A step to infinity is not taken: start over from here with B = -I.
+        sound = jnp.isfinite(tree.norm(lax.stop_gradient(direction)))
+        # It also makes the columns to be written depend on all that was read from them. Where they
+        # do not, XLA copies one of the factors, twice an iteration, to read it after the write.
+        u, v = (tree.where(sound, column, jnp.zeros_like(column)) for column in (u, v))
         slot = state.slot
         u = tree.where(resting, columns.read(inverse.left, slot), u)
         v = tree.where(resting, columns.read(inverse.right, slot), v)
@@ -188,8 +193,6 @@ class Broyden:
             columns.store(inverse.right, v, slot),
             lax.dynamic_update_index_in_dim(filled, learned, slot, 1),
         )
-        # A step to infinity is not taken: start over from here with B = -I.
-        sound = jnp.isfinite(tree.norm(lax.stop_gradient(direction)))
         direction = tree.where(sound, direction, g)
         inverse = inverse._replace(filled=inverse.filled & sound[:, None])
 
