@@ -1,5 +1,6 @@
 """Deep equilibrium layers for JAX: batched fixed points, differentiated at the solution."""
 
+from deq_jax.execution import Execution as Execution
 from deq_jax.fixed_point import deq_fixed_point as deq_fixed_point
 from deq_jax.fixed_point import solve_adjoint as solve_adjoint
 from deq_jax.fixed_point import solve_fixed_point as solve_fixed_point
@@ -29,6 +30,7 @@ __all__ = [
     "BackwardProbe",
     "BiCGStab",
     "Broyden",
+    "Execution",
     "GradientPolicy",
     "Implicit",
     "LinearSolver",

@@ -7,7 +7,7 @@ preparation) work on the same jaxpr instead of calling f again.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from deq_jax import tree
+from deq_jax.precision import cast, cast_like
 
 PyTree = Any
 
@@ -39,11 +40,13 @@ class Traced:
         jaxpr: a jaxpr without constants; its inputs are the captured arrays, then the leaves of z.
         is_variable: for each captured array, whether it stands in `Captured.variables`.
         out_tree: structure of what is returned.
+        smaller: the same function for fewer samples, sizes decreasing (see `parts`).
     """
 
     jaxpr: Any
     is_variable: tuple[bool, ...]
     out_tree: Any
+    smaller: tuple["Part", ...] = ()
 
     def __call__(self, captured: Captured, z: PyTree) -> PyTree:
         """Evaluates the function, differentiable in `captured.variables` and `z`."""
@@ -55,6 +58,54 @@ class Traced:
         variables, constants = iter(captured.variables), iter(captured.constants)
         return [next(variables if inexact else constants) for inexact in self.is_variable]
 
+    def captured(self, values: Sequence[jax.Array]) -> Captured:
+        """The inverse of `values`."""
+        pairs = list(zip(values, self.is_variable, strict=True))
+        return Captured(
+            tuple(value for value, inexact in pairs if inexact),
+            tuple(value for value, inexact in pairs if not inexact),
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """A traced function for a part of its samples.
+
+    Attributes:
+        size: number of samples, n.
+        traced: the function for so many.
+        origins: where its captured arrays come from.
+    """
+
+    size: int
+    traced: Traced
+    origins: tuple["Origin", ...]
+
+    def captured(self, whole: Sequence[jax.Array], index: jax.Array) -> Captured:
+        """What it captures, from the arrays of the whole batch and the samples `index` `[n]`."""
+        return self.traced.captured([origin.read(whole, index) for origin in self.origins])
+
+
+class Origin(NamedTuple):
+    """Where a captured array of a `Part` comes from.
+
+    Attributes:
+        position: its place among the captured arrays of the whole batch; None if it is its own.
+        per_sample: axis 0 is the batch; else it is the same for all samples.
+        own: an array that is made anew whenever f is traced.
+    """
+
+    position: int | None
+    per_sample: bool = False
+    own: Any = None
+
+    def read(self, whole: Sequence[jax.Array], index: jax.Array) -> Any:
+        """The array, for the samples `index`."""
+        if self.position is None:
+            return self.own
+        value = whole[self.position]
+        return tree.take(value, index) if self.per_sample else value
+
 
 def trace(g: Callable[[PyTree], PyTree], z: PyTree) -> tuple[Traced, Captured]:
     """Traces `g` at the shapes of `z`; what it captures becomes an explicit argument."""
@@ -63,14 +114,11 @@ def trace(g: Callable[[PyTree], PyTree], z: PyTree) -> tuple[Traced, Captured]:
         isinstance(value, jax.core.Tracer) and jnp.issubdtype(value.dtype, jnp.inexact)
         for value in closed.consts
     )
-    captured = Captured(
-        tuple(v for v, inexact in zip(closed.consts, is_variable, strict=True) if inexact),
-        tuple(v for v, inexact in zip(closed.consts, is_variable, strict=True) if not inexact),
-    )
     # Constants become ordinary inputs: from JAX 0.12 on a jaxpr would carry their values with it.
     jaxpr = closed.jaxpr
     jaxpr = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
-    return Traced(jaxpr, is_variable, jax.tree.structure(out)), captured
+    traced = Traced(jaxpr, is_variable, jax.tree.structure(out))
+    return traced, traced.captured(closed.consts)
 
 
 def initial_state(x: PyTree, z0: PyTree | None, batched: bool) -> PyTree:
@@ -115,30 +163,47 @@ def trace_equation(
     z: PyTree,
     *,
     batched: bool,
+    cell_dtype: Any = None,
 ) -> tuple[Traced, Captured]:
     """Traces `z -> f(params, z, x)` and checks that it returns what it was given.
 
     With `batched=False` the traced function takes and returns z with a batch axis of length 1, so
     that everything behind it has only one case.
 
+    With a `cell_dtype` f is given z in that dtype, and the traced function returns what f returns
+    in the dtypes of z. To have params and x in it as well is left to the caller.
+
     Raises:
         ValueError: f returns another structure, shape or dtype; names the leaf, got and expected.
     """
+    checked = checked_cell(f, params, cell_dtype)
 
-    def checked(z: PyTree) -> PyTree:
-        fz = f(params, z, x)
-        _check_returned(fz, z)
-        return fz
+    def whole(z: PyTree) -> PyTree:
+        return checked(z, x)
 
     def single(z: PyTree) -> PyTree:
-        return add_batch_axis(checked(drop_batch_axis(z)))
+        return add_batch_axis(checked(drop_batch_axis(z), x))
 
-    g, start = (checked, z) if batched else (single, add_batch_axis(z))
+    g, start = (whole, z) if batched else (single, add_batch_axis(z))
     varied = tree.vary_with(start, (params, x))
     traced, captured = trace(g, varied)
     if varied is not start:  # inside shard_map; what f closes over may vary over more axes still
         traced, captured = trace(g, tree.vary_with(varied, captured))
     return traced, captured
+
+
+def checked_cell(
+    f: Callable[[PyTree, PyTree, PyTree], PyTree], params: PyTree, cell_dtype: Any
+) -> Callable[[PyTree, PyTree], PyTree]:
+    """`(z, x) -> f(params, z, x)`, which raises unless f returns what it was given."""
+
+    def checked(z: PyTree, x: PyTree) -> PyTree:
+        given = cast(z, cell_dtype)
+        fz = f(params, given, x)
+        _check_returned(fz, given, cell_dtype)
+        return fz if cell_dtype is None else cast_like(fz, z)
+
+    return checked
 
 
 def add_batch_axis(z: PyTree) -> PyTree:
@@ -151,7 +216,7 @@ def drop_batch_axis(z: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[0], z)
 
 
-def _check_returned(fz: PyTree, z: PyTree) -> None:
+def _check_returned(fz: PyTree, z: PyTree, cell_dtype: Any) -> None:
     got, expected = jax.tree.structure(fz), jax.tree.structure(z)
     if got != expected:
         raise ValueError(f"f must return the structure of z: got {got}, expected {expected}")
@@ -164,7 +229,13 @@ def _check_returned(fz: PyTree, z: PyTree) -> None:
                 f"got {jnp.shape(returned)}, expected {leaf.shape}"
             )
         if jnp.result_type(returned) != leaf.dtype:
+            remedy = (
+                "cast what f returns, or start from a z0 of that dtype"
+                if cell_dtype is None
+                else f"f is given params, z and x in Execution.cell_dtype={cell_dtype}, and has to "
+                "cast the arrays it closes over"
+            )
             raise ValueError(
                 f"f must return the dtypes of z: leaf {name}: got {jnp.result_type(returned)}, "
-                f"expected {leaf.dtype}; cast what f returns, or start from a z0 of that dtype"
+                f"expected {leaf.dtype}; {remedy}"
             )

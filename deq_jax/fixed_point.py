@@ -7,11 +7,12 @@ import jax.numpy as jnp
 
 from deq_jax import tree
 from deq_jax.equation import add_batch_axis, drop_batch_axis, initial_state, trace, trace_equation
-from deq_jax.execution import Cell, Task, run
+from deq_jax.execution import Cell, Execution, Task, run
 from deq_jax.gradients.implicit import Implicit, is_linear_solver
 from deq_jax.gradients.linear import SolvedInverse
 from deq_jax.gradients.policy import AtSolution, GradientPolicy, check_policy
 from deq_jax.gradients.prepared import prepare
+from deq_jax.precision import cast
 from deq_jax.solvers.anderson import Anderson
 from deq_jax.solvers.krylov import LinearSolver
 from deq_jax.solvers.loop import Solver, check_samples, check_solver
@@ -33,6 +34,7 @@ def deq_fixed_point(
     backward_probe: BackwardProbe | None = None,
     sample_at: tuple[int, ...] = (),
     sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+    execution: Execution = Execution(),  # noqa: B008  (frozen)
 ) -> PyTree | tuple[PyTree, ...]:
     """The solution `z*` of `z* = f(params, z*, x)`, differentiable in params and x.
 
@@ -62,6 +64,7 @@ def deq_fixed_point(
             then as well, for losses along the way. A sample that had stopped gives its final state.
         sample_gradient: the gradient policy of these states, one for all or one each; None is
             `gradient`.
+        execution: how the work is done: `Execution(shrink_to=..., shard_axis=..., ...)`.
 
     Returns:
         `z*`: per sample the iterate with the lowest residual
@@ -83,9 +86,9 @@ def deq_fixed_point(
     sample_at = tuple(sample_at)
     check_samples(sample_at, solver)
     policies = (gradient, *_sample_policies(sample_at, sample_gradient, gradient))
-    z0 = initial_state(x, z0, batched)
+    z0 = cast(initial_state(x, z0, batched), execution.state_dtype)
     _check_probe(backward_probe, z0, batched)
-    task = Task(solver, policies, batched, sample_at)
+    task = Task(solver, policies, batched, sample_at, execution)
     value, stats, samples, _ = run(f, task, params, x, z0, backward_probe)
     return returned(value, stats, samples, return_stats)
 
@@ -98,6 +101,7 @@ def solve_fixed_point(
     *,
     solver: Solver = Anderson(),  # noqa: B008  (frozen)
     batched: bool = True,
+    execution: Execution = Execution(),  # noqa: B008  (frozen)
 ) -> Solution:
     """Solves `z = f(params, z, x)` without a gradient rule; arguments as `deq_fixed_point`.
 
@@ -105,8 +109,9 @@ def solve_fixed_point(
         `Solution` with `value`, like `z0`, and `stats`. No gradient flows through either.
     """
     check_solver("solver", solver)
-    z0 = initial_state(x, z0, batched)
-    value, stats, *_ = run(f, Task(solver, (), batched, ()), params, x, z0, None)
+    z0 = cast(initial_state(x, z0, batched), execution.state_dtype)
+    task = Task(solver, (), batched, execution=execution)
+    value, stats, *_ = run(f, task, params, x, z0, None)
     return Solution(value, stats)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from deq_jax.execution import Execution
 from deq_jax.fixed_point import deq_fixed_point, returned
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
@@ -32,6 +33,7 @@ class DEQ(nn.Module):
         solver: as for `deq_fixed_point`.
         gradient: as for `deq_fixed_point`.
         batched: as for `deq_fixed_point`.
+        execution: as for `deq_fixed_point`.
         rng_streams: names of the random streams the cell draws from; those present are split once
             a call and are then the same in every evaluation.
     """
@@ -40,6 +42,7 @@ class DEQ(nn.Module):
     solver: Solver = Anderson()
     gradient: GradientPolicy = Implicit()
     batched: bool = True
+    execution: Execution = Execution()
     rng_streams: tuple[str, ...] = ("dropout",)
 
     @nn.compact
@@ -78,6 +81,7 @@ class DEQ(nn.Module):
             backward_probe=backward_probe,
             sample_at=sample_at,
             sample_gradient=sample_gradient,
+            execution=self.execution,
         )
         if changing or self.is_mutable_collection("intermediates"):
             self.cell(*jax.lax.stop_gradient((z, injection)), **kwargs)

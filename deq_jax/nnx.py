@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from deq_jax.execution import Execution
 from deq_jax.fixed_point import deq_fixed_point, returned
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
@@ -34,6 +35,7 @@ class DEQ(nnx.Module):
         solver: as for `deq_fixed_point`.
         gradient: as for `deq_fixed_point`.
         batched: as for `deq_fixed_point`.
+        execution: as for `deq_fixed_point`.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class DEQ(nnx.Module):
         solver: Solver = Anderson(),  # noqa: B008  (frozen)
         gradient: GradientPolicy = Implicit(),  # noqa: B008  (frozen)
         batched: bool = True,
+        execution: Execution = Execution(),  # noqa: B008  (frozen)
     ):
         if not callable(cell):
             raise TypeError(f"cell must be callable as cell(z, x), got {type(cell).__name__}")
@@ -50,6 +53,7 @@ class DEQ(nnx.Module):
         self.solver = solver
         self.gradient = gradient
         self.batched = batched
+        self.execution = execution
 
     def __call__(
         self,
@@ -77,6 +81,7 @@ class DEQ(nnx.Module):
             backward_probe=backward_probe,
             sample_at=sample_at,
             sample_gradient=sample_gradient,
+            execution=self.execution,
         )
         if jax.tree.leaves(rest):
             self.cell(*jax.lax.stop_gradient((z, injection)))

@@ -103,6 +103,15 @@ def where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(over_samples(condition, a), a, b), a, b)
 
 
+def take(a: PyTree, index: jax.Array) -> PyTree:
+    """The samples `index` `[n]`, all different, of every leaf: `[n, ...]`."""
+
+    def leaf_take(leaf: jax.Array) -> jax.Array:
+        return leaf.at[index].get(mode="promise_in_bounds", unique_indices=True)
+
+    return jax.tree.map(leaf_take, a)
+
+
 def flatten_samples(a: PyTree) -> PyTree:
     """Each leaf `[B, ...]` as `[B, D]`."""
     return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1), a)

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax import tree
-from deq_jax.equation import Captured, Traced, trace
+from deq_jax.equation import Captured, Part, Traced, trace
 from deq_jax.gradients.operations import contains
 from deq_jax.gradients.prepared import Prepared, prepare
 from deq_jax.solvers.broyden import Broyden, BroydenState, InverseJacobian
 from deq_jax.solvers.krylov import LinearSolver
 from deq_jax.solvers.loop import Solver, iterate
+from deq_jax.solvers.shrinking import Smaller
 from deq_jax.stats import BackwardProbe, Solution
 
 PyTree = Any
@@ -77,12 +78,14 @@ class SolvedInverse:
         else:
             if estimate is not None and isinstance(solver, Broyden):
                 solver = _Continued(solver, estimate)
+            affine = _Affine(product, b)
             w, stats, *_ = iterate(
-                _Affine(product, b),
+                affine,
                 b if start is None else start,
                 solver,
                 reference=tree.norm(b),
                 mesh_axes=product.mesh_axes,
+                smaller=affine.smaller,
             )
         return Solution(tree.scale(jnp.ldexp(one, exponent), w), stats)
 
@@ -96,7 +99,10 @@ class _Continued:
         self.step, self._begin, self._estimate = solver.step, solver.init, estimate
 
     def init(self, z: PyTree, fz: PyTree) -> BroydenState:
-        return self._begin(z, fz, self._estimate)
+        batch, estimate = jax.tree.leaves(z)[0].shape[0], self._estimate
+        if batch < estimate.filled.shape[0]:  # asked for the shapes of fewer samples
+            estimate = jax.tree.map(lambda leaf: leaf[:batch], estimate)
+        return self._begin(z, fz, estimate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +117,16 @@ class _Affine:
 
     def linearize(self, w: PyTree) -> tuple[PyTree, Prepared]:
         return self(w), self.product
+
+    @property
+    def smaller(self) -> tuple[Smaller, ...]:
+        """On some of the samples; see `iterate`."""
+        return tuple(
+            Smaller(part.size, functools.partial(self._at, part)) for part in self.product.smaller
+        )
+
+    def _at(self, part: Smaller, index: jax.Array) -> "_Affine":
+        return _Affine(part.at(index), tree.take(self.b, index))
 
 
 def solve_system(
@@ -153,16 +169,13 @@ def solve_system(
     def solver(transposed: bool) -> Callable[[Any, jax.Array], tuple[jax.Array, BackwardProbe]]:
         def solve(_: Any, packed: jax.Array) -> tuple[jax.Array, BackwardProbe]:
             b = tree.unpack(packed, z)
-            if transposed:
-                _, pullback = jax.vjp(f, z)
-                product = trace(lambda u: pullback(u)[0], b)
-            else:
-                _, push = jax.linearize(f, z)
-                product = trace(push, b)
+            product, residuals = _linearised(equation, captured, z, transposed)
             known = estimate
             if known is not None and transposed:
                 known = known.transposed()
-            w, stats = _solve_traced(product[0], inverse, report, *product[1], b, known)
+            again = (equation, transposed) if equation.smaller else None
+            point = (captured, z) if equation.smaller else None
+            w, stats = _solve_traced(product, inverse, report, again, *residuals, b, known, point)
             return tree.pack(w), stats
 
         return solve
@@ -183,6 +196,21 @@ def solve_system(
     return tree.unpack(packed, z), stats
 
 
+def _linearised(
+    equation: Traced, captured: Captured, z: PyTree, transposed: bool
+) -> tuple[Traced, Captured]:
+    """`w -> A w`, A = J or Jᵀ at `z`, traced: what is stored of f's linearisation is captured."""
+
+    def f(z: PyTree) -> PyTree:
+        return equation(captured, z)
+
+    if transposed:
+        _, pullback = jax.vjp(f, z)
+        return trace(lambda u: pullback(u)[0], z)
+    _, push = jax.linearize(f, z)
+    return trace(push, z)
+
+
 def reverse_only(equation: Traced) -> bool:
     """Whether JAX's all-modes linear solve cannot be used, so that forward mode is not to be had.
 
@@ -195,39 +223,67 @@ def reverse_only(equation: Traced) -> bool:
     return in_shard_map or contains(equation.jaxpr, "custom_vjp_call")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _solve_traced(
     product: Traced,
     inverse: Inverse,
     report: bool,
+    again: tuple[Traced, bool] | None,
     variables: tuple[jax.Array, ...],
     constants: tuple[jax.Array, ...],
     b: PyTree,
     estimate: InverseJacobian | None,
+    point: tuple[Captured, PyTree] | None,
 ) -> tuple[PyTree, BackwardProbe]:
     """Solves `w = A w + b`, where `product` is `w -> A w` and A depends on its captured arrays.
 
     Differentiable in reverse to any order, in b and in A, which serves where `custom_linear_solve`
     does not: with v = Aᵀ v + w̄,  b̄ = v and Ā = v wᵀ, the latter pulled back to the captured arrays.
+
+    Where samples may leave, `again` is the equation and whether A is transposed, and `point` what
+    it captures and the point of linearisation: the equation is linearised again on the samples
+    that stay, which costs less than one evaluation on all of them. That A is the same, so its
+    derivatives are those by `variables`.
     """
     prepared = prepare(product, Captured(variables, constants))
+    if again is not None:
+        smaller = tuple(
+            Smaller(part.size, functools.partial(_product_on, *again, *point, part))
+            for part in again[0].smaller
+        )
+        prepared = dataclasses.replace(prepared, smaller=smaller)
     w, stats = inverse(prepared, b, estimate, report)
     return w, BackwardProbe.of(stats)
 
 
-def _traced_forward(product, inverse, report, variables, constants, b, estimate):
-    w, stats = _solve_traced(product, inverse, report, variables, constants, b, estimate)
+def _product_on(
+    equation: Traced,
+    transposed: bool,
+    captured: Captured,
+    z: PyTree,
+    part: Part,
+    index: jax.Array,
+) -> Prepared:
+    """The product with A on the samples `index` alone."""
+    mine = part.captured(equation.values(captured), index)
+    return prepare(*_linearised(part.traced, mine, tree.take(z, index), transposed))
+
+
+def _traced_forward(product, inverse, report, again, variables, constants, b, estimate, point):
+    w, stats = _solve_traced(
+        product, inverse, report, again, variables, constants, b, estimate, point
+    )
     return (w, stats), (variables, constants, w)
 
 
-def _traced_backward(product, inverse, report, saved, cotangent):
+def _traced_backward(product, inverse, report, again, saved, cotangent):
     variables, constants, w = saved
     w_bar, _ = cotangent
     _, transpose = jax.vjp(lambda w: product(Captured(variables, constants), w), w)
     transposed, captured = trace(lambda v: transpose(v)[0], w_bar)
-    v, _ = _solve_traced(transposed, inverse, False, *captured, w_bar, None)
+    v, _ = _solve_traced(transposed, inverse, False, None, *captured, w_bar, None, None)
     _, pullback = jax.vjp(lambda variables: product(Captured(variables, constants), w), variables)
-    return *pullback(v), None, v, None
+    return *pullback(v), None, v, None, None
 
 
 _solve_traced.defvjp(_traced_forward, _traced_backward)

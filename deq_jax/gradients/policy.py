@@ -119,5 +119,6 @@ def solve_detached(
         solver,
         mesh_axes=prepared.mesh_axes,
         sample_at=sample_at,
+        smaller=prepared.smaller,
     )
     return jax.lax.stop_gradient(run)

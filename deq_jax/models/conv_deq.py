@@ -18,6 +18,7 @@ from flax import nnx
 
 from deq_jax.cells.resnet import ResNetCell
 from deq_jax.checks import check_count
+from deq_jax.execution import Execution
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
 from deq_jax.nnx import DEQ
@@ -98,6 +99,7 @@ class ConvDEQ(_ImageClassifier):
     Args:
         solver: as for `deq_fixed_point`; the tutorial's tolerance and budget by default.
         gradient: as for `deq_fixed_point`.
+        execution: as for `deq_fixed_point`; a state of another dtype is cast back behind the core.
         rngs: stream `params`.
         **network: as for the module's networks: `image_shape`, `num_classes`, `channels`,
             `inner_channels`, `groups`, `pool`.
@@ -108,11 +110,13 @@ class ConvDEQ(_ImageClassifier):
         *,
         solver: Solver = Anderson(tol=1e-2, max_iter=25),  # noqa: B008  (frozen)
         gradient: GradientPolicy = Implicit(),  # noqa: B008  (frozen)
+        execution: Execution = Execution(),  # noqa: B008  (frozen)
         rngs: nnx.Rngs,
         **network: Any,
     ):
         super().__init__(rngs=rngs, **network)
-        self.core = DEQ(self._cell(rngs), solver=solver, gradient=gradient)
+        cell = self._cell(rngs)
+        self.core = DEQ(cell, solver=solver, gradient=gradient, execution=execution)
 
     def __call__(
         self,
@@ -122,10 +126,9 @@ class ConvDEQ(_ImageClassifier):
         backward_probe: BackwardProbe | None = None,
     ) -> jax.Array | tuple[jax.Array, SolveStats]:
         """Logits `[B, num_classes]` of `images` `[B, H, W, C]`, with `return_stats` also stats."""
-        z, stats = self.core(
-            self.injection(images), return_stats=True, backward_probe=backward_probe
-        )
-        logits = self.classify(z)
+        injection = self.injection(images)
+        z, stats = self.core(injection, return_stats=True, backward_probe=backward_probe)
+        logits = self.classify(z.astype(injection.dtype))
         return (logits, stats) if return_stats else logits
 
 

@@ -5,11 +5,11 @@ here and is the same for all: the evaluation of f, residuals, each sample's own 
 the best iterate, the count, the trace.
 
 Known to be non-optimal: a finished sample is frozen, but f is still evaluated on it until the last
-sample of the batch has stopped.
+sample of the batch has stopped. Where f can be had for fewer samples (`smaller`), they leave.
 """
 
+import functools
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax import tree
+from deq_jax.solvers.shrinking import Smaller, batch_axes, while_shrinking
+from deq_jax.solvers.unrolling import while_as_scans
 from deq_jax.stats import SolveStats, Status
 
 PyTree = Any
@@ -125,6 +127,7 @@ def iterate(
     mesh_axes: tuple[str, ...] = (),
     sample_at: tuple[int, ...] = (),
     unrolled: bool = False,
+    smaller: tuple[Smaller, ...] = (),
 ) -> Run:
     """Solves `z = f(z)` for every sample, from `z0`, by `solver`.
 
@@ -148,14 +151,18 @@ def iterate(
         sample_at: numbers of evaluations, increasing, counted from 1; the points evaluated then
             are returned too. Samples that had stopped give their final state.
         unrolled: make the loop out of `scan`, so that it can be differentiated in reverse.
+        smaller: f on some of the samples, for sizes that decrease. Once only so many are active,
+            the loop goes on with these alone. Not for an f that communicates, nor `unrolled`.
 
     Returns:
         `Run`: per sample the iterate that met a tolerance, else the one with the lowest residual,
         and the residual of exactly it.
     """
-    zeros = tree.zeros_per_sample(z0)
-    count = zeros.astype(jnp.int32)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), z0)
+    if smaller and mesh_axes:
+        raise ValueError(
+            "Execution(shrink_to=...) goes on with some samples alone, so f must treat samples "
+            f"independently, but it communicates over the mesh axes {mesh_axes}"
+        )
     linearizes = getattr(solver, "linearizes", False)
     rows = jnp.asarray(sample_at, jnp.int32)
 
@@ -163,33 +170,40 @@ def iterate(
         more = jnp.any(active)
         return lax.pmax(more.astype(jnp.int32), mesh_axes) > 0 if mesh_axes else more
 
-    needed = count == 0
-    if reference is not None:  # one for all: a product may carry from one sample to another
-        needed &= any_active(reference != 0)
-    start = _Carry(
-        proceed=any_active(needed),
-        evaluations=count.sum(dtype=jnp.int32),
-        z=z0,
-        solver_state=solver.init(z0, shapes),
-        active=needed,
-        best=z0,
-        best_residual=jnp.where(needed, zeros + jnp.inf, 0),
-        iterations=count,
-        status=jnp.where(needed, count + int(Status.MAX_ITER), count + int(Status.CONVERGED)),
-        trace=jnp.broadcast_to(zeros + jnp.nan, (solver.max_iter, *zeros.shape))
-        if solver.trace
-        else None,
-        samples=jax.tree.map(lambda z: jnp.stack([0 * z] * (len(sample_at) + 1)), z0)
-        if sample_at
-        else None,
-    )
+    def begin(z0: PyTree, reference: jax.Array | None) -> _Carry:
+        zeros = tree.zeros_per_sample(z0)
+        count = zeros.astype(jnp.int32)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), z0)
+        needed = count == 0
+        if reference is not None:  # one for all: a product may carry from one sample to another
+            needed &= any_active(reference != 0)
+        return _Carry(
+            proceed=any_active(needed),
+            evaluations=count.sum(dtype=jnp.int32),
+            z=z0,
+            solver_state=solver.init(z0, shapes),
+            active=needed,
+            best=z0,
+            best_residual=jnp.where(needed, zeros + jnp.inf, 0),
+            iterations=count,
+            status=jnp.where(needed, count + int(Status.MAX_ITER), count + int(Status.CONVERGED)),
+            trace=jnp.broadcast_to(zeros + jnp.nan, (solver.max_iter, *zeros.shape))
+            if solver.trace
+            else None,
+            samples=jax.tree.map(lambda z: jnp.stack([0 * z] * (len(sample_at) + 1)), z0)
+            if sample_at
+            else None,
+        )
 
     def proceed(carry: _Carry) -> jax.Array:
         return carry.proceed & (carry.evaluations < solver.max_iter)
 
-    def body(carry: _Carry) -> _Carry:
+    def body(f: Any, reference: jax.Array | None, carry: _Carry) -> _Carry:
         z, active = carry.z, carry.active
-        fz, product = f.linearize(z) if linearizes else (f(z), None)
+        if linearizes:
+            fz, product = f.linearize(z)
+        else:
+            fz, product = f(z) if unrolled else _evaluated_once(f, z, carry.proceed), None
         absolute, size = _norms(z, fz)
         size = size if reference is None else reference
         # Against a reference of zero (a zero cotangent) nothing is left to divide by.
@@ -239,17 +253,25 @@ def iterate(
             samples=samples,
         )
 
+    def at(size: Smaller, index: jax.Array) -> Callable[[_Carry], _Carry]:
+        return functools.partial(body, size.at(index), tree.take(reference, index))
+
+    start, on_all = begin(z0, reference), functools.partial(body, f, reference)
     if unrolled:
-        end = _scan(proceed, body, start, solver.max_iter)
+        end = while_as_scans(proceed, on_all, start, solver.max_iter)
+    elif smaller:
+        axes = batch_axes(begin, (z0, reference), smaller[0].size)
+        bodies = tuple(Smaller(part.size, functools.partial(at, part)) for part in smaller)
+        end = while_shrinking(proceed, on_all, start, bodies, axes)
     else:
-        end = lax.while_loop(proceed, body, start)
+        end = lax.while_loop(proceed, on_all, start)
     products = solver.products(end.solver_state) if linearizes else None
     stats = SolveStats(
         end.best_residual, end.iterations, end.status, end.evaluations, end.trace, products
     )
     samples = tuple(
         tree.where(
-            (end.evaluations < number)
+            (end.iterations < number)
             | ((end.status == int(Status.DIVERGED)) & (end.iterations <= number)),
             end.best,
             jax.tree.map(lambda samples, index=index: samples[index], end.samples),
@@ -259,31 +281,18 @@ def iterate(
     return Run(end.best, stats, samples, end.solver_state)
 
 
+def _evaluated_once(f: Callable[[PyTree], PyTree], z: PyTree, proceed: jax.Array) -> PyTree:
+    """f(z), in the branch of a conditional that is always taken.
+
+    XLA's CPU compiler computes the last elementwise operations of f (a normalisation, say) again in
+    each use of f(z): the residual, both windows, the selections. It does not look into a branch.
+    Elsewhere the condition is a constant, and the conditional disappears.
+    """
+    proceed = lax.platform_dependent(proceed, cpu=lambda p: p, default=jnp.ones_like)
+    return lax.cond(proceed, lambda z: f(z), lambda z: z, z)
+
+
 def _norms(z: PyTree, fz: PyTree) -> tuple[jax.Array, jax.Array]:
     """`‖f(z) - z‖` and `‖f(z)‖`, without derivatives: a root at zero would have an infinite one."""
     z, fz = lax.stop_gradient((z, fz))
     return tree.norm(tree.subtract(fz, z)), tree.norm(fz)
-
-
-def _scan(
-    proceed: Callable[[_Carry], jax.Array],
-    body: Callable[[_Carry], _Carry],
-    start: _Carry,
-    length: int,
-) -> _Carry:
-    """`lax.while_loop(proceed, body, start)` of at most `length` trips, out of scans.
-
-    Two levels of about √length trips, both checkpointed: backpropagation stores 2 √length carries
-    and the insides of one trip, and computes every trip twice more.
-    """
-
-    def trip(carry: _Carry, _: None) -> tuple[_Carry, None]:
-        return lax.cond(proceed(carry), body, lambda carry: carry, carry), None
-
-    inner = math.isqrt(length - 1) + 1
-
-    def block(carry: _Carry, _: None) -> tuple[_Carry, None]:
-        return lax.scan(jax.checkpoint(trip, prevent_cse=False), carry, length=inner)
-
-    block = jax.checkpoint(block, prevent_cse=False)
-    return lax.scan(block, start, length=-(-length // inner))[0]
