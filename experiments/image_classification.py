@@ -13,16 +13,17 @@ import importlib.metadata
 import pathlib
 import platform
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
+from deq_jax import Execution
 from deq_jax.models.conv_deq import ConvDEQ, ExplicitConvNet, WeightTiedConvNet, count_parameters
-from experiments.common import training
+from experiments.common import devices, training
 from experiments.common.checkpoints import Checkpoints
 from experiments.common.data import ImageDataset, load_dataset
 from experiments.common.errors import ExperimentError, RunMismatchError, UsageError
@@ -34,7 +35,8 @@ from experiments.common.signals import GracefulStop
 from experiments.common.splits import epoch_order
 from experiments.common.totals import Record
 from experiments.common.traces import residual_traces
-from experiments.image_config import IRRELEVANT, Config, parse
+from experiments.image_config import IRRELEVANT, Config
+from experiments.image_presets import parse
 
 _TRACED_IMAGES = 64
 
@@ -55,7 +57,8 @@ def build_model(config: Config, dataset: ImageDataset) -> Model:
         model = ExplicitConvNet(depth=config.depth, **network)
     else:
         solver, gradient = config.forward_solver(), config.gradient_policy()
-        model = ConvDEQ(solver=solver, gradient=gradient, **network)
+        execution = config.execution()
+        model = ConvDEQ(solver=solver, gradient=gradient, execution=execution, **network)
     model.train()
     return model
 
@@ -71,6 +74,7 @@ class Experiment:
         evaluation_definition: definition of the network in evaluation mode.
         task: what the training loop needs.
         state: the state before the first step; used up by the first step.
+        mesh: the devices it is trained on; None for one.
     """
 
     config: Config
@@ -79,14 +83,16 @@ class Experiment:
     evaluation_definition: nnx.GraphDef
     task: Task
     state: training.TrainState
+    mesh: Mesh | None
 
 
 def prepare(config: Config, dataset: ImageDataset) -> Experiment:
     """Builds the network, the optimiser and the steps.
 
     Raises:
-        UsageError: a flag does not fit the data; the message names it.
+        UsageError: a flag does not fit the data or the machine; the message names it.
     """
+    mesh = devices.provide(config.devices)
     config.check_image(dataset.image_shape)
     steps_per_epoch = len(dataset.train) // config.batch_size
     if steps_per_epoch == 0:
@@ -100,7 +106,7 @@ def prepare(config: Config, dataset: ImageDataset) -> Experiment:
         config.learning_rate, config.final_learning_rate, config.epochs * steps_per_epoch
     )
     optimizer = optax.adam(schedule)
-    traits = {"white": dataset.white, "solves": config.is_deq}
+    traits = {"white": dataset.white, "solves": config.is_deq, "mesh": mesh}
     probes = config.reports_backward
     train_step = training.make_train_step(definition, optimizer, **traits, probes=probes)
     model.eval()
@@ -136,7 +142,8 @@ def prepare(config: Config, dataset: ImageDataset) -> Experiment:
     # donates those of the state.
     params, rest = jax.tree.map(lambda leaf: leaf.copy(), (params, rest))
     state = training.initial_state(params, rest, optimizer, solves=config.is_deq, probes=probes)
-    return Experiment(config, dataset, model, evaluation_definition, task, state)
+    state = devices.replicate(state, mesh)
+    return Experiment(config, dataset, model, evaluation_definition, task, state, mesh)
 
 
 def draw_solver(experiment: Experiment, state: training.TrainState, path: pathlib.Path) -> None:
@@ -159,6 +166,7 @@ def run(config: Config) -> int:
     Raises:
         ExperimentError: something the user can put right; the message says what.
     """
+    mesh = devices.provide(config.devices)
     directory = RunDirectory(config.run_dir or pathlib.Path("runs") / config.preset)
     directory.open(
         dataclasses.asdict(config),
@@ -167,7 +175,7 @@ def run(config: Config) -> int:
             "deq_jax": importlib.metadata.version("deq_jax"),
             "jax": jax.__version__,
             "python": platform.python_version(),
-            "device": _device_name(),
+            "device": devices.description(mesh),
         },
         fresh=config.fresh,
     )
@@ -225,7 +233,7 @@ def resume(
     Raises:
         RunMismatchError: the checkpoint is from training on other data.
     """
-    checksum = _checksum(experiment.dataset)
+    checksum = experiment.dataset.checksum()
     restored = checkpoints.restore(experiment.state)
     if restored is None:
         return experiment.state, Progress(data=checksum)
@@ -251,7 +259,9 @@ def print_header(experiment: Experiment, directory: RunDirectory) -> None:
     if config.is_deq:
         print(f"solver: {experiment.model.core.solver}")
         print(f"gradient: {experiment.model.core.gradient}")
-    print(f"device: {_device_name()}")
+        if config.execution() != Execution():
+            print(f"execution: {config.execution()}")
+    print(f"device: {devices.description(experiment.mesh)}")
     print(f"run: {directory.path}", flush=True)
 
 
@@ -279,21 +289,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         # Before or after the training, where there is nothing to save.
         return 130
-
-
-def _device_name() -> str:
-    device = jax.devices()[0]
-    if device.device_kind == device.platform:
-        return device.platform
-    return f"{device.platform} ({device.device_kind})"
-
-
-def _checksum(dataset: ImageDataset) -> int:
-    checksum = 0
-    for examples in (dataset.train, dataset.evaluation):
-        for array in (examples.images, examples.labels):
-            checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
-    return checksum
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """Settings of `experiments.image_classification`: the flags, their checks and the presets."""
 
-import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
-import tyro
+import jax.numpy as jnp
 
 from deq_jax import (
     GMRES,
     Anderson,
     BiCGStab,
     Broyden,
+    Execution,
     GradientPolicy,
     Implicit,
     LinearSolver,
@@ -24,12 +24,14 @@ from deq_jax import (
     Solver,
     Unrolled,
 )
+from experiments.common import devices
 from experiments.common.data import DatasetName
 from experiments.common.errors import UsageError
 from experiments.common.runs import flag_of
 
 SolverName = Literal["anderson", "picard", "broyden", "newton_krylov"]
 LinearSolverName = Literal["anderson", "picard", "broyden", "newton_krylov", "gmres", "bicgstab"]
+PrecisionName = Literal["float32", "mixed", "bfloat16"]
 GradientName = Literal["implicit", "shine", "one_step", "neumann", "phantom", "unrolled"]
 
 _FLAGS_OF_GRADIENTS = {
@@ -93,6 +95,11 @@ class Config:
             forward pass.
         backward_tol: tolerance of the backward pass. None: --tol.
         backward_max_iter: most transposed products in a backward pass. None: --max-iter.
+        shrink_to: let samples leave the solve as they finish, down to this many. None: all stay.
+        precision: of the solve: float32; mixed, the cell in bfloat16; or bfloat16 throughout.
+            Weights and all around the solve stay in float32. bfloat16 cannot reach a --tol much
+            below 1e-2.
+        devices: devices to split each batch over; on a CPU that many virtual ones.
         eval_batch_size: examples evaluated at once.
         eval_examples: report on a stratified subset of this size, the same one in every run. None:
             all, or with --train-examples at most as many as are trained on.
@@ -134,6 +141,9 @@ class Config:
     backward_solver: LinearSolverName | None = None
     backward_tol: float | None = None
     backward_max_iter: int | None = None
+    shrink_to: int | None = None
+    precision: PrecisionName = "float32"
+    devices: int = 1
     eval_batch_size: int = 128
     eval_examples: int | None = None
     eval_every: int = 1
@@ -146,7 +156,7 @@ class Config:
     def __post_init__(self) -> None:
         counts = ("epochs", "batch_size", "depth", "channels", "inner_channels", "groups", "pool")
         counts += ("max_iter", "history", "eval_batch_size", "eval_every", "memory", "restart")
-        counts += ("gradient_steps",)
+        counts += ("gradient_steps", "shrink_to", "devices")
         for name in (*counts, "train_examples", "eval_examples", "backward_max_iter"):
             self._check(name, lambda value: value >= 1, "at least 1")
         for name in ("learning_rate", "final_learning_rate", "mixing"):
@@ -157,6 +167,7 @@ class Config:
         for name in ("damping", "gradient_damping"):
             self._check(name, lambda value: 0 < value <= 1, "above 0 and at most 1")
         self._check_gradient()
+        self._check_execution()
         self._check("validation_fraction", lambda value: 0 <= value < 1, "at least 0 and below 1")
         limit = self.learning_rate
         self._check(
@@ -178,13 +189,7 @@ class Config:
         """Raises a UsageError where a flag says something about another gradient than chosen."""
         if self.gradient == "shine" and self.solver != "broyden":
             raise UsageError(f"--gradient shine needs --solver broyden, got {self.solver}")
-        users = {
-            "gradient_steps": ("neumann", "phantom"),
-            "gradient_damping": ("neumann", "phantom"),
-        }
-        for name in ("backward_solver", "backward_tol", "backward_max_iter"):
-            users[name] = ("implicit", "shine")
-        for name, gradients in users.items():
+        for name, gradients in _FLAGS_OF_GRADIENTS.items():
             if getattr(self, name) is not None and self.gradient not in gradients:
                 raise UsageError(
                     f"{flag_of(name)} is for --gradient {' or '.join(gradients)}, "
@@ -196,6 +201,17 @@ class Config:
                 policy.backward_solver(self.forward_solver())
         except ValueError as error:  # such as GMRES with room for one product
             raise UsageError(f"these flags do not go together: {error}") from error
+
+    def _check_execution(self) -> None:
+        """Raises a UsageError where a flag does not go with the model, gradient or batch."""
+        for name, absent in (("shrink_to", None), ("precision", "float32")):
+            if getattr(self, name) != absent and not self.is_deq:
+                raise UsageError(f"{flag_of(name)} is for --model deq, got --model {self.model}")
+        if self.shrink_to is not None and self.gradient == "unrolled":
+            raise UsageError("--shrink-to does not go with --gradient unrolled")
+        for name in ("batch_size", "eval_batch_size"):
+            allowed = f"a multiple of --devices, {self.devices}"
+            self._check(name, lambda value: value % self.devices == 0, allowed)
 
     @property
     def is_deq(self) -> bool:
@@ -241,6 +257,15 @@ class Config:
             reuse=self.gradient == "shine",
         )
 
+    def execution(self) -> Execution:
+        """How the layer's solves are carried out."""
+        return Execution(
+            shrink_to=self.shrink_to,
+            shard_axis=None if self.devices == 1 else devices.AXIS,
+            cell_dtype=None if self.precision == "float32" else jnp.bfloat16,
+            state_dtype=jnp.bfloat16 if self.precision == "bfloat16" else None,
+        )
+
     def _solver(self, name: LinearSolverName) -> Any:
         limits = {"tol": self.tol, "max_iter": self.max_iter}
         solvers: dict[str, Callable[[], Solver | LinearSolver]] = {
@@ -252,52 +277,3 @@ class Config:
             "bicgstab": lambda: BiCGStab(**limits),
         }
         return solvers[name]()
-
-
-_MNIST = Config(
-    preset="mnist",
-    epochs=10,
-    batch_size=100,
-    learning_rate=1e-3,
-    channels=32,
-    inner_channels=48,
-    pool=7,
-    eval_batch_size=200,
-)
-
-_CIFAR10 = Config(
-    preset="cifar10",
-    epochs=50,
-    batch_size=100,
-    learning_rate=1e-3,
-    channels=48,
-    inner_channels=64,
-    pool=8,
-    eval_batch_size=200,
-)
-"""The network and the training of the Deep Implicit Layers tutorial, chapter 4."""
-
-PRESETS: dict[str, Config] = {"digits": Config(), "mnist": _MNIST, "cifar10": _CIFAR10}
-
-
-def parse(arguments: Sequence[str] | None = None) -> Config:
-    """Reads the command line; `--preset` chooses the defaults of the other flags.
-
-    Args:
-        arguments: the command line without the program; None for that of the process.
-
-    Raises:
-        SystemExit: after `--help`, or with code 2 after a message that names a bad flag.
-    """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--preset", default="digits")
-    try:
-        preset = early.parse_known_args(arguments)[0].preset
-    except argparse.ArgumentError:
-        # `--preset` without a value: tyro says so below.
-        preset = "digits"
-    # An unknown preset is left to tyro as well, which lists those there are.
-    default = PRESETS.get(preset, PRESETS["digits"])
-    return tyro.cli(
-        Config, prog="python -m experiments.image_classification", default=default, args=arguments
-    )

@@ -1,14 +1,13 @@
 """Interleaved timing: what is compared takes turns, so that both see the same machine."""
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jaxlib
+
+from experiments.benchmark.machine import processor, versions
 
 
 def interleaved(
@@ -48,14 +47,5 @@ def report(seconds: Mapping[str, list[float]], baseline: str) -> str:
 
 def machine() -> str:
     """The machine and the versions, in one line."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-            model = next(models, platform.processor())
-    except OSError:
-        model = platform.processor()
     device = jax.devices()[0]
-    return (
-        f"{os.cpu_count()} cores {model}, {device.platform} ({device.device_kind}), "
-        f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, Python {platform.python_version()}"
-    )
+    return f"{processor()}, {device.platform} ({device.device_kind}), {versions(('jax', 'jaxlib'))}"

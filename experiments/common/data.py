@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import zlib
 from typing import Literal
 
 import numpy as np
@@ -38,6 +39,14 @@ class ImageDataset:
         """`(H, W, C)`."""
         height, width, channels = self.train.images.shape[1:]
         return height, width, channels
+
+    def checksum(self) -> int:
+        """CRC-32 of all images and labels."""
+        checksum = 0
+        for examples in (self.train, self.evaluation):
+            for array in (examples.images, examples.labels):
+                checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+        return checksum
 
 
 def load_dataset(

@@ -16,7 +16,8 @@ def residual_traces(
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Residuals at each evaluation of the forward and, where it keeps a trace, the backward solve.
 
-    The backward solve is that of the mean cross-entropy, at the equilibria of the forward solve.
+    The backward solve is that of the mean cross-entropy, at the equilibria of the forward solve,
+    and in the precision of the weights.
 
     Args:
         model: the network in evaluation mode; left as it is.
@@ -35,6 +36,8 @@ def residual_traces(
         backward = core.gradient.backward_solver(core.solver)
         traced = isinstance(backward, Solver)
         backward = dataclasses.replace(backward, trace=True) if traced else None
+    # The precision of the training; the batch is in one piece here.
+    execution = dataclasses.replace(core.execution, shard_axis=None, shrink_to=None)
     cell_definition, cell_state = nnx.split(core.cell)
 
     def cell(state, z, x):
@@ -47,7 +50,10 @@ def residual_traces(
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         injection = nnx.merge(definition, state, copy=True).injection(images)
-        z, stats = solve_fixed_point(cell, cell_state, injection, solver=solver)
+        z, stats = solve_fixed_point(
+            cell, cell_state, injection, solver=solver, execution=execution
+        )
+        z = z.astype(injection.dtype)
         if backward is None:
             return (stats.trace,)
         # The gradient of the loss at the equilibrium is where a backward pass starts.

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from deq_jax import BackwardProbe
+from experiments.common import devices
 from experiments.common.data import Images
 from experiments.common.totals import Totals
 
@@ -92,6 +94,7 @@ def make_train_step(
     white: int,
     solves: bool,
     probes: bool,
+    mesh: Mesh | None = None,
 ) -> TrainStep:
     """A jitted training step, which uses up (donates) the state it is given.
 
@@ -104,6 +107,7 @@ def make_train_step(
         white: pixel value that becomes 1.
         solves: the model is a DEQ and returns statistics of its solve.
         probes: its gradient is one that can report on its backward solve.
+        mesh: devices over which the batch is split, see `devices.provide`.
 
     Returns:
         `train_step(state, batch) -> (state, metrics)`; metrics are `loss` and `accuracy` of this
@@ -142,7 +146,7 @@ def make_train_step(
         )
         return state, {"loss": loss, "accuracy": correct.mean()}
 
-    return jax.jit(train_step, donate_argnums=0)
+    return devices.jit(train_step, ("same", "batch"), mesh)
 
 
 class Evaluator:
@@ -157,10 +161,20 @@ class Evaluator:
         white: pixel value that becomes 1.
         solves: the model is a DEQ and returns statistics of its solve.
         batch_size: examples in a batch.
+        mesh: devices over which the batch is split; their number divides `batch_size`.
     """
 
-    def __init__(self, definition: Any, *, white: int, solves: bool, batch_size: int):
+    def __init__(
+        self,
+        definition: Any,
+        *,
+        white: int,
+        solves: bool,
+        batch_size: int,
+        mesh: Mesh | None = None,
+    ):
         self._batch_size = batch_size
+        self._devices = 1 if mesh is None else mesh.size
         self._solves = solves
 
         def evaluate_batch(totals, params, rest, batch, counts):
@@ -176,7 +190,8 @@ class Evaluator:
             correct = logits.argmax(-1) == batch.labels
             return totals.add(loss, correct, counts, stats, None)
 
-        self._evaluate_batch = jax.jit(evaluate_batch, donate_argnums=0)
+        arguments = ("same", "same", "same", "batch", "batch")
+        self._evaluate_batch = devices.jit(evaluate_batch, arguments, mesh)
 
     def __call__(
         self, state: TrainState, examples: Images, stop: StopRequested = lambda: False
@@ -184,6 +199,7 @@ class Evaluator:
         """Totals over `examples`; None if `stop` asked to give up on the way."""
         totals = Totals.zeros(solves=self._solves, gradients=False)
         size = min(self._batch_size, len(examples))
+        size += -size % self._devices
         for start in range(0, len(examples), size):
             if stop():
                 return None

@@ -13,7 +13,7 @@ from experiments.common import training
 from experiments.common.data import load_dataset
 from experiments.common.sources import Images
 from experiments.common.traces import residual_traces
-from experiments.image_config import parse
+from experiments.image_presets import parse
 from tests.experiments.conftest import TINY
 
 PNG = b"\x89PNG"

@@ -19,7 +19,7 @@ from experiments.common.logging import Reporter
 from experiments.common.loop import Progress, Trainer
 from experiments.common.runs import RunDirectory
 from experiments.common.signals import GracefulStop
-from experiments.image_config import parse
+from experiments.image_presets import parse
 from tests.conftest import CACHE
 from tests.experiments.conftest import TINY
 

@@ -1,0 +1,162 @@
+"""deq_jax: solvers, devices, layouts and dtypes as the implementation's options say."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from deq_jax import Anderson, BackwardProbe, Picard, deq_fixed_point
+from deq_jax.equation import trace_equation
+from deq_jax.gradients.prepared import prepare
+from experiments.benchmark import cells_jax
+from experiments.benchmark.absolute_ridge import AbsoluteRidgeAnderson
+from experiments.benchmark.calls_jax import Given, JaxCalls, differentiate, given, loop_of
+from experiments.benchmark.problems import Arrays, Problem, to_channels_first, to_channels_last
+
+AXIS = "batch"
+
+
+class Calls(JaxCalls):
+    """See `JaxCalls`.
+
+    Args:
+        problem: what is solved.
+        task: `mode`, and `time_cell`.
+        reference: not looked at.
+        options: `solver` (`picard`), `ridge` (an absolute one), `devices`, `layout` (`NCHW`),
+            `shrink_to`, `cell_dtype`, `dtype` (of everything).
+    """
+
+    def __init__(
+        self, problem: Problem, task: dict[str, Any], reference: Arrays, options: dict[str, Any]
+    ):
+        del reference
+        self.problem, self.options, self.mode = problem, options, task["mode"]
+        self.channels_first = options.get("layout") == "NCHW"
+        self.cell = cells_jax.CELLS[problem.cell]
+        if self.channels_first:
+            self.cell = cells_jax.residual_channels_first
+        self.mesh = None
+        if "devices" in options:
+            shape = (options["devices"],)
+            self.mesh = jax.make_mesh(shape, (AXIS,), axis_types=(AxisType.Auto,))
+            jax.set_mesh(self.mesh)
+        super().__init__(self.mode, self.layer, self._place(given(self._converted())))
+        if task["time_cell"] and "cell_dtype" not in options:
+            # In NCHW as it is written it takes seconds; that is what preparing is for.
+            if not self.channels_first:
+                self.time_cell("cell", self._shard(self._cell_as_written))
+            self.time_cell("prepared cell", self._shard(self._cell_as_run))
+
+    def layer(
+        self, params: Any, x: Any, probe: BackwardProbe | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The solution; the evaluations and the residuals as the solver saw them."""
+        z, stats = deq_fixed_point(
+            self.cell,
+            params,
+            x,
+            jnp.zeros_like(x["x"]),
+            solver=self._solver(),
+            return_stats=True,
+            backward_probe=probe,
+            **self._execution(),
+        )
+        return z, (stats.evaluations, stats.residual)
+
+    def backward_products(self) -> int | None:
+        """Transposed products, from a call with a probe; it is not timed."""
+        if self.mode == "forward":
+            return None
+        probe = BackwardProbe.zeros(len(self.problem.cotangent))
+
+        def report(given: Given) -> BackwardProbe:
+            _, gradients, _ = differentiate(self.layer, given, self.mode == "step", probe)
+            return gradients[-1]
+
+        return int(np.max(jax.jit(report)(self.given).evaluations))
+
+    def evaluations(self) -> int:
+        """Evaluations of the last call; of the slowest device, where there are several."""
+        return int(np.max(self._last[2][0]))
+
+    def result(self) -> Arrays:
+        """See `JaxCalls.result`; channels last."""
+        result = super().result()
+        if not self.channels_first:
+            return result
+        return {name: to_channels_last(name, array) for name, array in result.items()}
+
+    def notes(self) -> str:
+        """How it was set."""
+        text = f"{type(self._solver()).__name__}, tolerance {self.problem.tol:g} of every sample"
+        if not self.problem.tol:
+            own = np.max(np.asarray(self._last[2][1], np.float32))
+            text += f"; largest residual as the solver saw it {own:.1e}"
+        return text
+
+    def _solver(self) -> Any:
+        limits = {"tol": self.problem.tol, "max_iter": self.problem.max_iter}
+        if self.options.get("solver") == "picard":
+            return Picard(**limits)
+        if "ridge" in self.options:
+            return AbsoluteRidgeAnderson(ridge=self.options["ridge"], **limits)
+        return Anderson(**limits)
+
+    def _execution(self) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        if self.mesh is not None:
+            fields["shard_axis"] = AXIS
+        if "shrink_to" in self.options:
+            fields["shrink_to"] = self.options["shrink_to"]
+        if "cell_dtype" in self.options:
+            fields["cell_dtype"] = jnp.dtype(self.options["cell_dtype"])
+        if not fields:
+            return {}
+        from deq_jax import Execution
+
+        return {"execution": Execution(**fields)}
+
+    def _converted(self) -> Problem:
+        """The problem in the layout and the dtype that the options ask for."""
+        problem = self.problem
+        changes: dict[str, Any] = {}
+        if self.channels_first:
+            changes = {
+                "params": {k: to_channels_first(k, a) for k, a in problem.params.items()},
+                "x": {k: to_channels_first(k, a) for k, a in problem.x.items()},
+                "cotangent": to_channels_first("cotangent", problem.cotangent),
+            }
+        if "dtype" in self.options:
+            dtype = jnp.dtype(self.options["dtype"])
+            changes = {
+                "params": {k: a.astype(dtype) for k, a in problem.params.items()},
+                "x": {k: a.astype(dtype) for k, a in problem.x.items()},
+                "cotangent": problem.cotangent.astype(dtype),
+            }
+        return Problem(**{**vars(problem), **changes})
+
+    def _place(self, given: Given) -> Given:
+        if self.mesh is None:
+            return given
+        whole, split = (NamedSharding(self.mesh, spec) for spec in (P(), P(AXIS)))
+        placed = jax.device_put((given.x, given.cotangent), split)
+        return Given(jax.device_put(given.params, whole), *placed)
+
+    def _shard(self, loop: Any) -> Any:
+        if self.mesh is None:
+            return loop
+        return jax.shard_map(
+            loop, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False
+        )
+
+    def _cell_as_written(self, params: Any, x: Any) -> jax.Array:
+        return loop_of(lambda z: self.cell(params, z, x), jnp.zeros_like(x["x"]))
+
+    def _cell_as_run(self, params: Any, x: Any) -> jax.Array:
+        z = jnp.zeros_like(x["x"])
+        equation, captured = trace_equation(self.cell, params, x, z, batched=True)
+        return loop_of(prepare(equation, captured), z)
