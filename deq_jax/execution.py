@@ -55,10 +55,11 @@ class Execution:
             nothing. None: one loop for the whole batch, whose devices agree in each trip whether
             to go on.
         cell_dtype: real floating dtype in which f is evaluated: floating leaves of params, x and z
-            are cast to it (complex ones to complex64, or complex128 for float64; no others), what
-            f returns must have it and is cast back to the dtype of the state. Gradients reach
-            params and x in their own dtypes. What f closes over is not cast. None: f is given
-            everything as it is. Which tolerance half precision can reach: docs/precision.md.
+            are cast to it (complex ones to complex64, or complex128 for float64; no others), what f
+            returns must have it and is cast back to the dtype of the state. Gradients reach params
+            and x in their own dtypes (`Phantom` and `Unrolled` add them up in this one first). What
+            f closes over is not cast. None: f is given everything as it is. Which tolerance half
+            precision can reach: docs/precision.md.
         state_dtype: real floating dtype of the state: `z0` or the zeros in its place are cast to
             it, and the value, histories and the backward solve have it (residuals at least
             float32). None: that of `z0`.
