@@ -7,7 +7,7 @@ from typing import Any
 from experiments.benchmark.processes import ROOT
 from experiments.common.runs import write_atomically
 
-RESULTS = ROOT / ".cache" / "benchmark" / "results.json"
+RESULTS = ROOT / "docs" / "benchmarks.json"
 REMARKS = pathlib.Path(__file__).with_name("remarks.md")
 
 
