@@ -11,14 +11,12 @@ products forward, and products backward, of the slowest sample.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
@@ -41,11 +39,13 @@ from deq_jax import (
     deq_fixed_point,
 )
 from deq_jax.cells import ResNetCell
-from experiments.benchmark.timing import machine
+from experiments.common import studies
+from experiments.common.studies import flat, markdown_head, markdown_row, relative_error
 
 PyTree = Any
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "gradients.md"
+PAGE = studies.DOCS / "gradients.md"
+MARKER = "<!-- Below: written by `python -m experiments.gradient_accuracy --write`. -->"
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 """Relative residual asked of the forward and of the backward solve in each dtype."""
@@ -68,19 +68,6 @@ POLICIES: dict[str, Callable[[float], GradientPolicy]] = {
     "Phantom(5, 0.5)": lambda tol: Phantom(5, 0.5),
     "Unrolled()": lambda tol: Unrolled(),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What to do.
-
-    Attributes:
-        write: write docs/gradients.md instead of only printing.
-        seed: seed of the problems.
-    """
-
-    write: bool = False
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,11 +204,9 @@ def measure(problem: Problem, solver: Solver, policy: GradientPolicy, dtype: str
         return gradients[:2], stats, gradients[2] if reports else None
 
     gradient, stats, report = run(cast(problem.params), cast(problem.x), probe)
-    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(gradient)]
-    error = np.linalg.norm(np.concatenate(leaves) - problem.exact) / np.linalg.norm(problem.exact)
     products = 0 if stats.products is None else int(stats.products)
     return Result(
-        error=float(error),
+        error=relative_error(flat(gradient), problem.exact),
         solved=bool((stats.status == Status.CONVERGED).all()),
         forward=(int(stats.evaluations), products),
         backward=None if report is None else int(report.evaluations),
@@ -233,8 +218,7 @@ def table(problem: Problem) -> str:
     lines = [
         f"## {problem.title}\n",
         f"Spectral radius of ∂f/∂z at the equilibrium: {problem.radius:.2f}.\n",
-        "| solver | policy | " + " | ".join(TOLERANCES) + " | forward | backward |",
-        "| --- | --- | " + " | ".join("---" for _ in TOLERANCES) + " | --- | --- |",
+        markdown_head(["solver", "policy", *TOLERANCES, "forward", "backward"]),
     ]
     for solver_name, make_solver in SOLVERS.items():
         for policy_name, make_policy in POLICIES.items():
@@ -251,47 +235,20 @@ def table(problem: Problem) -> str:
             evaluations, products = results["float32"].forward
             forward = f"{evaluations}" + (f" + {products} products" if products else "")
             backward = results["float32"].backward
-            lines.append(
-                f"| {solver_name} | `{policy_name}` | {' | '.join(errors)} | {forward} | "
-                f"{'-' if backward is None else backward} |"
-            )
+            counts = [forward, "-" if backward is None else str(backward)]
+            lines.append(markdown_row([solver_name, f"`{policy_name}`", *errors, *counts]))
             print(lines[-1], flush=True)
     return "\n".join(lines)
 
 
-HEAD = """# How right each gradient is
-
-Written by `python -m experiments.gradient_accuracy --write`; {machine}, seed {seed}.
-
-The error of the gradient of a random linear function of the equilibrium with respect to params and
-x, `‖g - g_exact‖ / ‖g_exact‖`, against a dense solve of the implicit function theorem in float64.
-Forward and backward solves run to a relative residual of {tolerances}. In brackets: some sample's
-forward solve did not reach that, so that the gradient is that of another point. Forward:
-evaluations of f, and Jacobian products where a solver uses them. Backward: transposed products that
-the probe reported, both in float32; one more, into params and x, ends every backward pass. Of
-those of `OneStep` and `Neumann` the last one only measures their residual and is left out without a
-probe; `Phantom` and `Unrolled` solve no system backwards.
-
-Bias and cost of each policy are in its docstring. In short: `Implicit` is as exact as its
-tolerances, whatever solves its linear system; `OneStep`, `Neumann` and `Phantom` leave out what a
-few products cannot reach, which no tolerance or dtype changes, and fail where the spectral radius
-exceeds 1. `Unrolled` is the derivative of what was computed, which is another thing: with Picard
-it is about as exact as the solution, but the derivatives of the iterates of Anderson and Broyden
-converge later than the iterates. On the residual cell, at a tolerance of 1e-5, Anderson's is off by
-more than the whole gradient; finite differences of the solver's output agree with it to six digits.
-"""
-
-
 def main() -> None:
-    """Prints the tables; with `--write` writes the page."""
-    config = tyro.cli(Config, description=__doc__)
-    jax.config.update("jax_enable_x64", True)
+    """Prints the tables; with `--write` puts them into the page, below what is written there."""
+    config = studies.start(__doc__)
     tolerances = ", ".join(f"{tol:g} in {dtype}" for dtype, tol in TOLERANCES.items())
-    page = [HEAD.format(machine=machine(), seed=config.seed, tolerances=tolerances)]
-    page += [table(problem) for problem in problems(config.seed)]
+    asked = f"Relative residual asked of both solves: {tolerances}."
+    tables = [table(problem) for problem in problems(config.seed)]
     if config.write:
-        PAGE.write_text("\n".join(page) + "\n")
-        print(f"wrote {PAGE}")
+        studies.write_below(PAGE, MARKER, [f"{studies.origin(config)}. {asked}", *tables])
 
 
 if __name__ == "__main__":

@@ -1,24 +1,14 @@
 """Presets and command line of `experiments.image_classification`."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 
 import tyro
 
 from experiments.image_config import Config
 
-_MNIST = Config(
-    preset="mnist",
-    epochs=10,
-    batch_size=100,
-    learning_rate=1e-3,
-    channels=32,
-    inner_channels=48,
-    pool=7,
-    eval_batch_size=200,
-)
-
-_CIFAR10 = Config(
+_TUTORIAL = Config(
     preset="cifar10",
     epochs=50,
     batch_size=100,
@@ -30,7 +20,11 @@ _CIFAR10 = Config(
 )
 """The network and the training of the Deep Implicit Layers tutorial, chapter 4."""
 
-PRESETS: dict[str, Config] = {"digits": Config(), "mnist": _MNIST, "cifar10": _CIFAR10}
+_SMALLER = dataclasses.replace(
+    _TUTORIAL, preset="mnist", epochs=10, channels=32, inner_channels=48, pool=7
+)
+
+PRESETS: dict[str, Config] = {"digits": Config(), "mnist": _SMALLER, "cifar10": _TUTORIAL}
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:

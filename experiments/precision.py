@@ -11,16 +11,13 @@ with respect to params and x together, by Anderson forwards and backwards, run t
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
-from jax.flatten_util import ravel_pytree
 
 from deq_jax import (
     Anderson,
@@ -34,11 +31,12 @@ from deq_jax import (
 )
 from deq_jax.cells import ResNetCell
 from deq_jax.precision import cast
-from experiments.benchmark.timing import machine
+from experiments.common import studies
+from experiments.common.studies import flat, markdown_head, markdown_row, relative_error
 
 PyTree = Any
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "precision.md"
+PAGE = studies.DOCS / "precision.md"
 MARKER = "<!-- Below: written by `python -m experiments.precision --write`. -->"
 
 LEGEND = """In the columns of the solvers: the lowest relative
@@ -60,19 +58,6 @@ SOLVERS: dict[str, Solver] = {
     "Broyden": Broyden(tol=0.0, max_iter=40, trace=True),
     "NewtonKrylov": NewtonKrylov(tol=0.0, max_iter=12, trace=True),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What to do.
-
-    Attributes:
-        write: write the tables into docs/precision.md as well.
-        seed: seed of the problems.
-    """
-
-    write: bool = False
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +92,7 @@ def gradient_of(
         z = deq_fixed_point(f, params, x, solver=solver, execution=mode)
         return jnp.vdot(cotangent, z.astype(cotangent.dtype))
 
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
-    return np.asarray(ravel_pytree(gradient)[0], np.float64)
+    return flat(jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x))
 
 
 def exact(title: str, f: Any, params: PyTree, x: jax.Array, cotangent: jax.Array) -> Problem:
@@ -213,20 +197,15 @@ def measure(problem: Problem, solver: Solver, mode: Execution) -> Floor:
     return Floor(
         residual=float(residuals.max()),
         evaluations=int(reached.argmax(0).max()) + 1,
-        error=_relative(flat_z, flat_exact),
+        error=relative_error(flat_z, flat_exact),
     )
-
-
-def _relative(values: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(values - expected) / np.linalg.norm(expected))
 
 
 def table(problem: Problem) -> str:
     """The Markdown table of one problem; prints each line as it is measured."""
     lines = [
         f"## {problem.title}\n",
-        "| mode | " + " | ".join(SOLVERS) + " | error of z | error of the gradient |",
-        "| --- |" + " --- |" * (len(SOLVERS) + 2),
+        markdown_head(["mode", *SOLVERS, "error of z", "error of the gradient"]),
     ]
     print("\n".join(lines))
     for name, mode in MODES.items():
@@ -236,8 +215,8 @@ def table(problem: Problem) -> str:
             problem.f, problem.params, problem.x, problem.cotangent, SOLVERS["Anderson"], mode
         )
         best = min(floor.error for floor in floors)
-        cells += [f"{best:.0e}", f"{_relative(gradient, problem.gradient):.0e}"]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
+        cells += [f"{best:.0e}", f"{relative_error(gradient, problem.gradient):.0e}"]
+        lines.append(markdown_row([name, *cells]))
         print(lines[-1], flush=True)
     print()
     return "\n".join(lines)
@@ -245,15 +224,10 @@ def table(problem: Problem) -> str:
 
 def main() -> None:
     """Prints the tables; with `--write` puts them into the page, below what is written there."""
-    config = tyro.cli(Config, description=__doc__)
-    jax.config.update("jax_enable_x64", True)
-    print(f"{machine()}, seed {config.seed}\n")
+    config = studies.start(__doc__)
     tables = [table(problem) for problem in problems(config.seed)]
     if config.write:
-        words = PAGE.read_text(encoding="utf-8").split(MARKER)[0]
-        origin = f"{machine()}, seed {config.seed}. {LEGEND}"
-        PAGE.write_text("\n\n".join([words + MARKER, origin, *tables]) + "\n", encoding="utf-8")
-        print(f"wrote {PAGE}")
+        studies.write_below(PAGE, MARKER, [f"{studies.origin(config)}. {LEGEND}", *tables])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from deq_jax import Anderson, Picard, Solver, solve_fixed_point
+from experiments.common.studies import markdown_head, markdown_row
 
 TOLERANCES = (1e-4, 1e-6, 1e-8)
 WIDTH = 100
@@ -106,10 +107,9 @@ def counts(f: Any, problem: tuple[jax.Array, jax.Array], solver: Solver) -> np.n
 
 def print_table(corner: str, columns: list[str], rows: dict[str, list[str]]) -> None:
     """Prints a Markdown table."""
-    print("| " + " | ".join([corner, *columns]) + " |")
-    print("| --- |" + " --- |" * len(columns))
+    print(markdown_head([corner, *columns]))
     for name, cells in rows.items():
-        print("| " + " | ".join([name, *cells]) + " |")
+        print(markdown_row([name, *cells]))
     print(flush=True)
 
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import tyro
 
-from experiments.benchmark import document, machine, store
+from experiments.benchmark import document, store
 from experiments.benchmark.implementations import IMPLEMENTATIONS, INSTALL, missing
 from experiments.benchmark.processes import ROOT
 from experiments.benchmark.rounds import Runner
 from experiments.benchmark.workloads import WORKLOADS
+from experiments.common import machine
 from experiments.common.errors import ExperimentError, UsageError
 
 PAGE = ROOT / "docs" / "benchmarks.md"

@@ -28,18 +28,23 @@ def overhead(row: Row, cell: str) -> float | None:
     return seconds(row) / (row["forward"] * statistics.median(row["seconds"][cell]))
 
 
-def fastest(record: Record, names: Iterable[str], *, within: bool = True) -> str | None:
+def fastest(
+    record: Record, names: Iterable[str], *, within: bool = True, error: float | None = None
+) -> str | None:
     """The fastest of these implementations.
 
     Args:
         record: a case.
         names: candidates; those that are not in the record are left out.
         within: only those that met the tolerance.
+        error: only those whose gradient error is at most this.
     """
     rows = {name: record["rows"][name] for name in names if name in record["rows"]}
     usable = {
         name: seconds(row)
         for name, row in rows.items()
-        if "failed" not in row and (met(row, record["tol"]) or not within)
+        if "failed" not in row
+        and (met(row, record["tol"]) or not within)
+        and (error is None or row["gradient_error"] <= error)
     }
     return min(usable, key=usable.__getitem__) if usable else None

@@ -46,8 +46,11 @@ def _jaxopt(**options: Any) -> Implementation:
 IMPLEMENTATIONS = {
     "deq_jax": _deq_jax(),
     "deq_jax, 2 devices": _deq_jax(devices=2),
+    "deq_jax, tolerance / 2": _deq_jax(stricter=2),
+    "deq_jax, 2 devices, tolerance / 2": _deq_jax(devices=2, stricter=2),
     "deq_jax, Picard": _deq_jax(solver="picard"),
     "deq_jax, shrinking": _deq_jax(shrink_to=8),
+    "deq_jax, shrinking, tolerance / 3": _deq_jax(shrink_to=8, stricter=3),
     "deq_jax, Picard, shrinking": _deq_jax(solver="picard", shrink_to=8),
     "deq_jax, NCHW": _deq_jax(layout="NCHW"),
     "deq_jax, cell in bfloat16": _deq_jax(cell_dtype="bfloat16"),

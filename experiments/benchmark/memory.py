@@ -16,7 +16,7 @@ from flax import nnx
 
 from deq_jax import Anderson
 from deq_jax.models.conv_deq import ConvDEQ, WeightTiedConvNet
-from experiments.benchmark.timing import machine
+from experiments.common.studies import machine
 
 
 @dataclasses.dataclass(frozen=True)

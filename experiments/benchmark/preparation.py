@@ -18,7 +18,8 @@ from deq_jax import Anderson, deq_fixed_point
 from deq_jax.cells import ResNetCell
 from deq_jax.equation import trace
 from deq_jax.gradients.prepared import prepare
-from experiments.benchmark.timing import interleaved, machine, report
+from experiments.benchmark.timing import interleaved, report
+from experiments.common.studies import machine
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Calls(JaxCalls):
         task: `mode`, and `time_cell`.
         reference: not looked at.
         options: `solver` (`picard`), `ridge` (an absolute one), `devices`, `layout` (`NCHW`),
-            `shrink_to`, `cell_dtype`, `dtype` (of everything).
+            `shrink_to`, `cell_dtype`, `dtype` (of everything), `stricter` (divides the tolerance).
     """
 
     def __init__(
@@ -92,14 +92,16 @@ class Calls(JaxCalls):
 
     def notes(self) -> str:
         """How it was set."""
-        text = f"{type(self._solver()).__name__}, tolerance {self.problem.tol:g} of every sample"
+        solver = self._solver()
+        text = f"{type(solver).__name__}, tolerance {solver.tol:.3g} of every sample"
         if not self.problem.tol:
             own = np.max(np.asarray(self._last[2][1], np.float32))
             text += f"; largest residual as the solver saw it {own:.1e}"
         return text
 
     def _solver(self) -> Any:
-        limits = {"tol": self.problem.tol, "max_iter": self.problem.max_iter}
+        tol = self.problem.tol / self.options.get("stricter", 1)
+        limits = {"tol": tol, "max_iter": self.problem.max_iter}
         if self.options.get("solver") == "picard":
             return Picard(**limits)
         if "ridge" in self.options:

@@ -7,8 +7,6 @@ from typing import Any
 
 import jax
 
-from experiments.benchmark.machine import processor, versions
-
 
 def interleaved(
     functions: Mapping[str, Callable[[], Any]], *, rounds: int, repeats: int = 1
@@ -43,9 +41,3 @@ def report(seconds: Mapping[str, list[float]], baseline: str) -> str:
             f"({1e3 * min(times):.3f} - {1e3 * max(times):.3f})  x {median / reference:.3f}"
         )
     return "\n".join(lines)
-
-
-def machine() -> str:
-    """The machine and the versions, in one line."""
-    device = jax.devices()[0]
-    return f"{processor()}, {device.platform} ({device.device_kind}), {versions(('jax', 'jaxlib'))}"

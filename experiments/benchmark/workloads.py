@@ -70,7 +70,9 @@ def _step(quick: bool) -> dict[str, Case]:
             return problems.network(batch=4, size=8, channels=8, inner=16, pool=4)
         return problems.network(batch=32, size=32, channels=48, inner=64)
 
-    names = ("deq_jax", "deq_jax, 2 devices", *PEERS, *EQUAL_RIDGE)
+    own = ("deq_jax", "deq_jax, 2 devices")
+    own += tuple(f"{name}, tolerance / 2" for name in own)
+    names = (*own, *PEERS, *EQUAL_RIDGE)
     return {"training step": Case(problem, "step", unique(names))}
 
 
@@ -93,6 +95,7 @@ def _heterogeneous(quick: bool) -> dict[str, Case]:
         return problems.gains(np.linspace(0.1, 0.98, batch), width=width)
 
     own = ("deq_jax", "deq_jax, 2 devices", "deq_jax, shrinking")
+    own += ("deq_jax, shrinking, tolerance / 3",)
     names = unique((*own, *PEERS, "jaxopt, Picard", *EQUAL_RIDGE))
     return {"forward + gradient": Case(problem, "gradient", names, every_sample=True)}
 
