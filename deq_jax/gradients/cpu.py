@@ -197,7 +197,7 @@ class Winograd(ChannelsLast):
         return image.reshape(batch, height, width, -1)[:, : out[0], : out[1]]
 
 
-_CACHE = 2**22
+_CACHE = 2**24
 """Bytes that are taken to fit into a processor's cache."""
 
 _B = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
