@@ -35,11 +35,20 @@ def check_number(
 
 def check_count(owner: object, name: str) -> None:
     """Raises unless field `name` of `owner` is an integer of at least 1."""
-    value = getattr(owner, name)
+    check_positive_integer(f"{type(owner).__name__}.{name}", getattr(owner, name))
+
+
+def check_positive_integer(name: str, value: Any) -> None:
+    """Raises unless the argument `name` is an integer of at least 1.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is below 1.
+    """
     if not _is_number(value, int):
-        raise TypeError(f"{type(owner).__name__}.{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
-        raise ValueError(f"{type(owner).__name__}.{name} must be at least 1, got {value!r}")
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
 
 
 def check_flag(owner: object, name: str) -> None:

@@ -14,6 +14,7 @@ from deq_jax.gradients.policy import GradientPolicy
 from deq_jax.solvers.anderson import Anderson
 from deq_jax.solvers.loop import Solver, iterate
 from deq_jax.solvers.picard import Picard
+from deq_jax.stability.normalization import Normalization
 from deq_jax.stats import BackwardProbe
 
 PyTree = Any
@@ -26,7 +27,11 @@ class DEQ(nn.Module):
     batch statistics. Variables are the cell's own, under `cell`.
 
     Initialisation calls the cell once, to make its parameters, and does not solve: the output of
-    `init_with_output` is that one application.
+    `init_with_output` is that one application, before any normalisation.
+
+    With a `normalization` there are `scale` in the collection `params`, its trainable parameters (g
+    by path), and `statistics` in the collection `normalization`, each if it has any. Statistics
+    advance with each call for which that collection is mutable.
 
     Attributes:
         cell: a module with `cell(z, x, **kwargs) -> z`.
@@ -36,6 +41,8 @@ class DEQ(nn.Module):
         execution: as for `deq_fixed_point`.
         rng_streams: names of the random streams the cell draws from; those present are split once
             a call and are then the same in every evaluation.
+        normalization: as for `deq_jax.nnx.DEQ`.
+        deterministic: True keeps the statistics of the normalisation, in a mutable collection too.
     """
 
     cell: nn.Module
@@ -44,6 +51,8 @@ class DEQ(nn.Module):
     batched: bool = True
     execution: Execution = Execution()
     rng_streams: tuple[str, ...] = ("dropout",)
+    normalization: Normalization | None = None
+    deterministic: bool = False
 
     @nn.compact
     def __call__(
@@ -59,14 +68,20 @@ class DEQ(nn.Module):
     ) -> PyTree | tuple[PyTree, ...]:
         """Solves for z*; `kwargs`, hashable, go to the cell; the rest as `deq_fixed_point`."""
         has_injection = callable(getattr(type(self.cell), "inject", None))
-        injection = self.cell.inject(x) if has_injection else x
+        normalized = self.normalization is not None and not self.is_initializing()
+        effective = self._effective_params() if normalized else None
+        injection = _call(self.cell, effective, "inject", x) if has_injection else x
         if self.is_initializing():
             start = jax.tree.map(jnp.zeros_like, injection) if z0 is None else z0
             z = self.cell(start, injection, **kwargs)
+            if self.normalization is not None:
+                self._init_normalization()
             stats = iterate(lambda _: z, z, Picard(max_iter=1)).stats
             return returned(z, stats, (z,) * len(sample_at), return_stats)
 
         cell, variables = self.cell.unbind()
+        if normalized:
+            variables = {**variables, "params": effective}
         rngs = {name: self.make_rng(name) for name in self.rng_streams if self.has_rng(name)}
         changing = tuple(name for name in variables if name != "params")
         z, stats, *samples = deq_fixed_point(
@@ -84,8 +99,39 @@ class DEQ(nn.Module):
             execution=self.execution,
         )
         if changing or self.is_mutable_collection("intermediates"):
-            self.cell(*jax.lax.stop_gradient((z, injection)), **kwargs)
+            arguments = jax.lax.stop_gradient((z, injection))
+            _call(self.cell, effective, "__call__", *arguments, **kwargs)
         return returned(z, stats, *(samples or [()]), return_stats)
+
+    def _init_normalization(self) -> None:
+        scale, statistics = self.normalization.init(self.cell.variables.get("params", {}))
+        if jax.tree.leaves(scale):
+            self.param("scale", lambda _: scale)
+        if jax.tree.leaves(statistics):
+            self.variable("normalization", "statistics", lambda: statistics)
+
+    def _effective_params(self) -> PyTree:
+        params = self.cell.variables.get("params", {})
+        scale = self.get_variable("params", "scale", {})
+        statistics = self.get_variable("normalization", "statistics", {})
+        effective, advanced = self.normalization(params, scale, statistics)
+        changes = self.is_mutable_collection("normalization") and not self.deterministic
+        if changes and jax.tree.leaves(statistics):
+            self.put_variable("normalization", "statistics", advanced)
+        return effective
+
+
+def _call(
+    cell: nn.Module, params: PyTree | None, method: str, /, *args: Any, **kwargs: Any
+) -> PyTree:
+    """Calls a bound cell, with other `params` unless None; what it writes, it writes as ever."""
+
+    def call(cell: nn.Module) -> PyTree:
+        return getattr(cell, method)(*args, **kwargs)
+
+    if params is not None:
+        call = nn.map_variables(call, "params", trans_in_fn=lambda _: {"params": params})
+    return call(cell)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,15 +6,20 @@ from typing import Any
 import jax
 from flax import nnx
 
-from deq_jax.execution import Execution
+from deq_jax.execution import Cell, Execution
 from deq_jax.fixed_point import deq_fixed_point, returned
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
 from deq_jax.solvers.anderson import Anderson
 from deq_jax.solvers.loop import Solver
+from deq_jax.stability.normalization import Normalization
 from deq_jax.stats import BackwardProbe
 
 PyTree = Any
+
+
+class NormalizationStatistics(nnx.Variable):
+    """What a normalisation carries from call to call: vectors of a power iteration, say."""
 
 
 class DEQ(nnx.Module):
@@ -30,12 +35,25 @@ class DEQ(nnx.Module):
     does not count iterations. After the solve the cell is called once at z*, which updates running
     statistics and advances random streams, as one call of an ordinary layer does.
 
+    With a `normalization` the kernels of the cell are its v (or W₀): the effective weights are
+    computed once a call, before the loop, and all uses of the cell in that call, `inject` and the
+    last call at z* too, have them. Gradients reach v and g. Trainable parameters start from the
+    kernels that the cell has when the layer is made, so set these before. Statistics advance in
+    training mode, with each call.
+
     Attributes:
         cell: a module with `cell(z, x) -> z`.
         solver: as for `deq_fixed_point`.
         gradient: as for `deq_fixed_point`.
         batched: as for `deq_fixed_point`.
         execution: as for `deq_fixed_point`.
+        normalization: `deq_jax.stability.WeightNorm()`, `SpectralNorm()` or another map of the
+            cell's parameters to effective ones; None leaves them as they are.
+        deterministic: True keeps the statistics of the normalisation; set by `eval()` and
+            `train()`.
+        scale: the normalisation's trainable parameters (g), a dict of `nnx.Param` by path, if there
+            is a normalisation.
+        statistics: its statistics likewise, of `NormalizationStatistics`.
     """
 
     def __init__(
@@ -46,6 +64,8 @@ class DEQ(nnx.Module):
         gradient: GradientPolicy = Implicit(),  # noqa: B008  (frozen)
         batched: bool = True,
         execution: Execution = Execution(),  # noqa: B008  (frozen)
+        normalization: Normalization | None = None,
+        deterministic: bool = False,
     ):
         if not callable(cell):
             raise TypeError(f"cell must be callable as cell(z, x), got {type(cell).__name__}")
@@ -54,6 +74,22 @@ class DEQ(nnx.Module):
         self.gradient = gradient
         self.batched = batched
         self.execution = execution
+        self.normalization = normalization
+        self.deterministic = deterministic
+        if normalization is not None:
+            scale, statistics = normalization.init(nnx.state(cell, nnx.Param))
+            # A variable for each array, which states as plain arrays can hold: not one for a tree.
+            self.scale = nnx.data(jax.tree.map(nnx.Param, scale))
+            self.statistics = nnx.data(jax.tree.map(NormalizationStatistics, statistics))
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """For `nnx.view`; see the class's attribute.
+
+        Args:
+            deterministic: if True, the statistics of the normalisation are kept.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
 
     def __call__(
         self,
@@ -66,12 +102,11 @@ class DEQ(nnx.Module):
         sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
     ) -> PyTree | tuple[PyTree, ...]:
         """Solves for z*; arguments, returns and errors as `deq_fixed_point`."""
-        has_injection = callable(getattr(type(self.cell), "inject", None))
-        injection = self.cell.inject(x) if has_injection else x
-        definition, params, rest = nnx.split(self.cell, nnx.Param, ...)
+        cell = self._effective_cell(advance=not self.deterministic)
+        f, state, injection = _equation(cell, x)
         z, stats, *samples = deq_fixed_point(
-            _Apply(definition),
-            (params, rest),
+            f,
+            state,
             injection,
             z0,
             solver=self.solver,
@@ -83,9 +118,50 @@ class DEQ(nnx.Module):
             sample_gradient=sample_gradient,
             execution=self.execution,
         )
-        if jax.tree.leaves(rest):
-            self.cell(*jax.lax.stop_gradient((z, injection)))
+        if jax.tree.leaves(state[1]):
+            cell(*jax.lax.stop_gradient((z, injection)))
         return returned(z, stats, *(samples or [()]), return_stats)
+
+    def equation(self, x: PyTree) -> tuple[Cell, tuple[PyTree, PyTree], PyTree]:
+        """What the layer solves: `f, params, injection` with `z* = f(params, z*, injection)`.
+
+        For whatever takes an equation, such as `stability.jacobian_frobenius`, `spectral_radius`
+        or `solve_adjoint`. `params` is the pair of the cell's `nnx.Param` state, normalised if
+        there is a normalisation, and all its other state; gradients reach the former. Nothing of
+        the layer changes, except what `inject` itself may change.
+        """
+        return _equation(self._effective_cell(advance=False), x)
+
+    def _effective_cell(self, *, advance: bool) -> nnx.Module:
+        """The cell with effective weights; its other variables are the layer's own."""
+        if self.normalization is None:
+            return self.cell
+        definition, params, rest = nnx.split(self.cell, nnx.Param, ...)
+        scale, statistics = _values(self.scale), _values(self.statistics)
+        effective, advanced = self.normalization(params, scale, statistics)
+        if jax.tree.leaves(statistics) and advance:
+            jax.tree.map(_assign, self.statistics, advanced, is_leaf=_is_variable)
+        # No copy: what the cell writes, batch statistics and random counters, must stay.
+        return nnx.merge(definition, effective, rest)
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _values(variables: PyTree) -> PyTree:
+    return jax.tree.map(lambda v: v.get_value(), variables, is_leaf=_is_variable)
+
+
+def _assign(variable: nnx.Variable, value: jax.Array) -> None:
+    variable.set_value(value)
+
+
+def _equation(cell: nnx.Module, x: PyTree) -> tuple["_Apply", tuple[PyTree, PyTree], PyTree]:
+    has_injection = callable(getattr(type(cell), "inject", None))
+    injection = cell.inject(x) if has_injection else x
+    definition, params, rest = nnx.split(cell, nnx.Param, ...)
+    return _Apply(definition), (params, rest), injection
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deq_jax.stability.dropout import broadcast_axes
+
 
 class ResNetCell(nnx.Module):
     """A residual block around the state, with the input injected into its branch.
@@ -16,8 +18,8 @@ class ResNetCell(nnx.Module):
 
     with z and x `[B, H, W, channels]`, `*` a convolution without bias, padded to keep H and W, and
     norm a GroupNorm with scale and bias. The branch is wider than the state: many parameters for
-    a small equilibrium. Kernels start as N(0, 0.01²), smaller than usual, which makes the cell
-    contract at first.
+    a small equilibrium. Kernels start as N(0, 0.01²) by default, smaller than usual, which makes
+    the cell contract at first.
 
     Source: "Deep Implicit Layers", ch. 4.
 
@@ -26,8 +28,10 @@ class ResNetCell(nnx.Module):
         inner_channels: channels inside the branch, a multiple of `groups`.
         kernel_size: height and width of the kernels.
         groups: groups of the normalisations.
+        kernel_std: standard deviation of the initial kernels.
+        dropout: rate of variational dropout of whole channels behind the second convolution.
         param_dtype: dtype of the parameters.
-        rngs: stream `params`.
+        rngs: stream `params`, and `dropout` where there is dropout.
 
     Raises:
         ValueError: channels are no multiple of `groups`.
@@ -40,6 +44,8 @@ class ResNetCell(nnx.Module):
         *,
         kernel_size: int = 3,
         groups: int = 8,
+        kernel_std: float = 0.01,
+        dropout: float = 0.0,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -53,7 +59,7 @@ class ResNetCell(nnx.Module):
                 out,
                 (kernel_size, kernel_size),
                 use_bias=False,
-                kernel_init=nnx.initializers.normal(0.01),
+                kernel_init=nnx.initializers.normal(kernel_std),
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
@@ -66,8 +72,13 @@ class ResNetCell(nnx.Module):
         self.norm1 = norm(inner_channels)
         self.norm2 = norm(channels)
         self.norm3 = norm(channels)
+        # Without dropout there is no random stream, and no state besides the parameters.
+        axes = broadcast_axes("channel", 4)
+        self.dropout = nnx.Dropout(dropout, broadcast_dims=axes, rngs=rngs) if dropout else None
 
     def __call__(self, z: jax.Array, x: jax.Array) -> jax.Array:
         """One application, `[B, H, W, channels]`."""
-        y = self.norm1(nnx.relu(self.conv1(z)))
-        return self.norm3(nnx.relu(z + self.norm2(x + self.conv2(y))))
+        y = self.conv2(self.norm1(nnx.relu(self.conv1(z))))
+        if self.dropout is not None:
+            y = self.dropout(y)
+        return self.norm3(nnx.relu(z + self.norm2(x + y)))

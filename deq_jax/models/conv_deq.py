@@ -24,6 +24,7 @@ from deq_jax.gradients.policy import GradientPolicy
 from deq_jax.nnx import DEQ
 from deq_jax.solvers.anderson import Anderson
 from deq_jax.solvers.loop import Solver
+from deq_jax.stability.normalization import Normalization
 from deq_jax.stats import BackwardProbe, SolveStats
 
 
@@ -42,7 +43,9 @@ class _ImageClassifier(nnx.Module):
         inner_channels: channels inside the cell's branch.
         groups: groups of the cell's GroupNorms.
         pool: side of the average pool's window and its stride; must divide height and width.
-        rngs: stream `params`.
+        kernel_std: standard deviation of the cell's initial kernels.
+        dropout: rate of the cell's variational dropout.
+        rngs: stream `params`, and `dropout` where there is dropout.
 
     Raises:
         ValueError: `pool` does not divide the image.
@@ -57,6 +60,8 @@ class _ImageClassifier(nnx.Module):
         inner_channels: int = 64,
         groups: int = 8,
         pool: int = 8,
+        kernel_std: float = 0.01,
+        dropout: float = 0.0,
         rngs: nnx.Rngs,
     ):
         height, width, colours = image_shape
@@ -64,7 +69,7 @@ class _ImageClassifier(nnx.Module):
             raise ValueError(f"pool={pool} must divide the image's {height}x{width}")
         self.image_shape = image_shape
         self.channels, self.inner_channels, self.groups = channels, inner_channels, groups
-        self.pool = pool
+        self.pool, self.kernel_std, self.dropout = pool, kernel_std, dropout
         self.stem = nnx.Conv(colours, channels, (3, 3), rngs=rngs)
         # PyTorch's 0.1 is the weight of the new batch, Flax's 0.9 that of the old statistics.
         self.norm_in = nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, rngs=rngs)
@@ -73,7 +78,14 @@ class _ImageClassifier(nnx.Module):
         self.head = nnx.Linear(features, num_classes, rngs=rngs)
 
     def _cell(self, rngs: nnx.Rngs) -> ResNetCell:
-        return ResNetCell(self.channels, self.inner_channels, groups=self.groups, rngs=rngs)
+        return ResNetCell(
+            self.channels,
+            self.inner_channels,
+            groups=self.groups,
+            kernel_std=self.kernel_std,
+            dropout=self.dropout,
+            rngs=rngs,
+        )
 
     def injection(self, images: jax.Array) -> jax.Array:
         """What the core is given, `[B, H, W, channels]`, from images `[B, H, W, C]`."""
@@ -100,9 +112,12 @@ class ConvDEQ(_ImageClassifier):
         solver: as for `deq_fixed_point`; the tutorial's tolerance and budget by default.
         gradient: as for `deq_fixed_point`.
         execution: as for `deq_fixed_point`; a state of another dtype is cast back behind the core.
+        normalization: of the cell's kernels, as for `deq_jax.nnx.DEQ`.
+        learned_start: start the solve from `norm(relu(W * injection))`, a layer with weights of its
+            own (SkipDEQ) that learns from `stability.initializer_loss` alone, instead of zeros.
         rngs: stream `params`.
         **network: as for the module's networks: `image_shape`, `num_classes`, `channels`,
-            `inner_channels`, `groups`, `pool`.
+            `inner_channels`, `groups`, `pool`, `kernel_std`, `dropout`.
     """
 
     def __init__(
@@ -111,12 +126,21 @@ class ConvDEQ(_ImageClassifier):
         solver: Solver = Anderson(tol=1e-2, max_iter=25),  # noqa: B008  (frozen)
         gradient: GradientPolicy = Implicit(),  # noqa: B008  (frozen)
         execution: Execution = Execution(),  # noqa: B008  (frozen)
+        normalization: Normalization | None = None,
+        learned_start: bool = False,
         rngs: nnx.Rngs,
         **network: Any,
     ):
         super().__init__(rngs=rngs, **network)
         cell = self._cell(rngs)
-        self.core = DEQ(cell, solver=solver, gradient=gradient, execution=execution)
+        self.core = DEQ(
+            cell,
+            solver=solver,
+            gradient=gradient,
+            execution=execution,
+            normalization=normalization,
+        )
+        self.initializer = _Initializer(self.channels, self.groups, rngs) if learned_start else None
 
     def __call__(
         self,
@@ -127,9 +151,30 @@ class ConvDEQ(_ImageClassifier):
     ) -> jax.Array | tuple[jax.Array, SolveStats]:
         """Logits `[B, num_classes]` of `images` `[B, H, W, C]`, with `return_stats` also stats."""
         injection = self.injection(images)
-        z, stats = self.core(injection, return_stats=True, backward_probe=backward_probe)
+        z, stats = self.core(
+            injection, self.start(injection), return_stats=True, backward_probe=backward_probe
+        )
         logits = self.classify(z.astype(injection.dtype))
         return (logits, stats) if return_stats else logits
+
+    def start(self, injection: jax.Array) -> jax.Array | None:
+        """The learned start of the solve, like `injection`; None without one."""
+        if self.initializer is None:
+            return None
+        # The injection is taken as it is: a start is not to change what it starts from.
+        return self.initializer(jax.lax.stop_gradient(injection))
+
+
+class _Initializer(nnx.Module):
+    """`norm(relu(W * x))`, of the same make as the end of the cell."""
+
+    def __init__(self, channels: int, groups: int, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(channels, channels, (3, 3), use_bias=False, rngs=rngs)
+        self.norm = nnx.GroupNorm(channels, groups, epsilon=1e-5, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, H, W, channels]`."""
+        return self.norm(nnx.relu(self.conv(x)))
 
 
 class WeightTiedConvNet(_ImageClassifier):

@@ -79,3 +79,26 @@ def combine(weights: jax.Array, columns: PyTree) -> PyTree:
         return combined.astype(columns.dtype)
 
     return jax.tree.map(leaf_combine, columns)
+
+
+def orthogonalize(basis: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One step of Arnoldi's process: classical Gram-Schmidt, done twice.
+
+    Args:
+        basis: `[B, m, D]`, orthonormal columns and zeros.
+        w: `[B, D]`.
+
+    Returns:
+        Coefficients h `[B, m]`; the unit vector v `[B, D]` and its length `[B]` in
+        `w = Σ h_i basis_i + length · v`. Both are 0 where w brings nothing new.
+    """
+    before = tree.norm(w)
+    h = inner_products(basis, w)
+    w = w - combine(h, basis)
+    again = inner_products(basis, w)
+    w = w - combine(again, basis)
+    length = tree.norm(w)
+    new = length > 10 * jnp.finfo(length.dtype).eps * before
+    length = jnp.where(new, length, 0)
+    v = w / tree.over_samples(jnp.where(new, length, 1), w).astype(w.dtype)
+    return h + again, tree.where(new, v, 0 * w), length

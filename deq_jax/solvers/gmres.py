@@ -76,22 +76,13 @@ class GMRES(Restarted):
         def body(carry: _Arnoldi) -> _Arnoldi:
             k, active = carry.step, carry.active
             v = columns.read(carry.basis, k)
-            w = v - product(v)
-            before = tree.norm(w)
-            h = columns.inner_products(carry.basis, w)
-            w = w - columns.combine(h, carry.basis)
-            again = columns.inner_products(carry.basis, w)
-            w = w - columns.combine(again, carry.basis)
-            h, below = h + again, tree.norm(w)
+            h, new, below = columns.orthogonalize(carry.basis, v - product(v))
             # Nothing new: the space is invariant and holds the solution.
-            broken = below <= 10 * jnp.finfo(below.dtype).eps * before
-            safe = jnp.where(broken, 1, below)
-            new = tree.where(
-                active & ~broken, w / tree.over_samples(safe, w).astype(w.dtype), 0 * w
-            )
-            null = -(h * carry.null).sum(1) / safe
+            broken = below == 0
+            new = tree.where(active, new, 0 * new)
+            null = -(h * carry.null).sum(1) / jnp.where(broken, 1, below)
             null = lax.dynamic_update_index_in_dim(carry.null, null, k + 1, 1)
-            h = lax.dynamic_update_index_in_dim(h, jnp.where(broken, 0, below), k + 1, 1)
+            h = lax.dynamic_update_index_in_dim(h, below, k + 1, 1)
             hessenberg = lax.dynamic_update_index_in_dim(carry.hessenberg, h, k, 2)
             reached = broken | (size <= target * jnp.sqrt((null**2).sum(1)))
             return _Arnoldi(

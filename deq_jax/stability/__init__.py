@@ -1,0 +1,30 @@
+"""Keeping equilibria stable: penalties, normalised weights, dropout, starts, spectra."""
+
+from deq_jax.stability.correction import corrected_loss as corrected_loss
+from deq_jax.stability.correction import correction_weights as correction_weights
+from deq_jax.stability.correction import evenly_spaced as evenly_spaced
+from deq_jax.stability.dropout import DropoutKind as DropoutKind
+from deq_jax.stability.dropout import broadcast_axes as broadcast_axes
+from deq_jax.stability.dropout import dropout_mask as dropout_mask
+from deq_jax.stability.initial import initializer_loss as initializer_loss
+from deq_jax.stability.initial import mixed_initial as mixed_initial
+from deq_jax.stability.initial import one_application as one_application
+from deq_jax.stability.initial import warm_start as warm_start
+from deq_jax.stability.jacobian import JacobianRegularization as JacobianRegularization
+from deq_jax.stability.jacobian import jacobian_frobenius as jacobian_frobenius
+from deq_jax.stability.normalization import Normalization as Normalization
+from deq_jax.stability.normalization import SpectralNorm as SpectralNorm
+from deq_jax.stability.normalization import WeightNorm as WeightNorm
+from deq_jax.stability.projections import flax_output_axes as flax_output_axes
+from deq_jax.stability.projections import is_kernel as is_kernel
+from deq_jax.stability.projections import lipschitz_convolution as lipschitz_convolution
+from deq_jax.stability.projections import named as named
+from deq_jax.stability.projections import project as project
+from deq_jax.stability.projections import project_convolution as project_convolution
+from deq_jax.stability.projections import project_frobenius as project_frobenius
+from deq_jax.stability.projections import project_infinity_norm as project_infinity_norm
+from deq_jax.stability.projections import project_spectral as project_spectral
+from deq_jax.stability.spectrum import SpectralRadius as SpectralRadius
+from deq_jax.stability.spectrum import Spectrum as Spectrum
+from deq_jax.stability.spectrum import spectral_radius as spectral_radius
+from deq_jax.stability.spectrum import spectrum as spectrum

@@ -1,0 +1,175 @@
+"""The Jacobian penalty against dense Jacobians in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deq_jax.stability import JacobianRegularization, jacobian, jacobian_frobenius
+
+KEY = jax.random.key(0)
+
+
+def cell(params, z, x):
+    """Two leaves that act on each other, smooth."""
+    a, b = z["a"], z["b"].reshape(len(z["b"]), -1)
+    return {
+        "a": jnp.tanh(a @ params["aa"] + b @ params["ba"] + x),
+        "b": jnp.sin(a @ params["ab"] + b).reshape(z["b"].shape),
+    }
+
+
+def problem(batch=3):
+    rng = np.random.default_rng(0)
+    shapes = {"aa": (5, 5), "ba": (4, 5), "ab": (5, 4)}
+    params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+    z = {"a": jnp.asarray(rng.normal(size=(batch, 5)))}
+    z["b"] = jnp.asarray(rng.normal(size=(batch, 2, 2)))
+    return params, z, jnp.asarray(rng.normal(size=(batch, 5)))
+
+
+def dense(params, z, x):
+    """`‖∂f/∂z‖²` of each sample from its dense Jacobian."""
+
+    def of_sample(z, x):
+        def f(z):
+            fz = cell(params, jax.tree.map(lambda leaf: leaf[None], z), x[None])
+            return jax.tree.map(lambda leaf: leaf[0], fz)
+
+        return sum((block**2).sum() for block in jax.tree.leaves(jax.jacfwd(f)(z)))
+
+    return jnp.stack(
+        [of_sample(jax.tree.map(lambda leaf: leaf[i], z), x[i]) for i in range(len(x))]
+    )
+
+
+def test_the_mean_over_many_samples_is_the_dense_norm(x64):
+    params, z, x = problem()
+    got = jax.jit(lambda: jacobian_frobenius(cell, params, z, x, KEY, 4096))()
+    expected = np.asarray(dense(params, z, x))
+    np.testing.assert_allclose(got, expected, rtol=0.02)
+    whole = jacobian_frobenius(cell, params, z, x, KEY, 4096, batched=False)
+    np.testing.assert_allclose(whole, expected.sum(), rtol=0.02)
+
+
+def test_one_sample_is_the_formula(x64):
+    """A diagonal Jacobian makes each estimate exact, whatever the signs."""
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)))
+    got = jacobian_frobenius(lambda p, z, x: jnp.sin(p * z) + x, 2.0, z, 0 * z, KEY)
+    np.testing.assert_allclose(got, ((2 * np.cos(2 * z)) ** 2).sum(1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_its_gradient_is_that_of_the_dense_formula_at_a_constant_state(x64, attached, monkeypatch):
+    """Over the rows of a Hadamard matrix the mean of `‖vᵀ J‖²` is the norm, without noise."""
+    rows = jnp.asarray([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], float)
+    rng = np.random.default_rng(1)
+    weights, x, z = (rng.normal(size=shape) for shape in ((4, 4), (2, 4), (2, 4)))
+    weights0 = weights
+
+    def f(weights, z, x):
+        return jnp.tanh(z @ weights + x)
+
+    def estimate(weights, x, row):
+        monkeypatch.setattr(jacobian, "random_signs", lambda key, like: like * 0 + row)
+        # A state that depends on the parameters is cut off from them.
+        state = jnp.asarray(z) * (1.0 + float(attached) * (weights - weights0).sum())
+        return jacobian_frobenius(f, weights, state, x, KEY).sum()
+
+    def exact(weights, x):
+        slopes = 1 - np.tanh(z @ weights + x) ** 2
+        return ((slopes[:, None, :] * weights[None]) ** 2).sum()
+
+    gradients = [jax.grad(estimate, (0, 1))(weights, x, row) for row in rows]
+    for number, argument in enumerate((weights, x)):
+        got = sum(gradient[number] for gradient in gradients) / len(rows)
+        expected = np.zeros(argument.shape)
+        for index in np.ndindex(argument.shape):
+            step = np.zeros(argument.shape)
+            step[index] = 1e-6
+            ends = [
+                exact(*(a + sign * step if a is argument else a for a in (weights, x)))
+                for sign in (1, -1)
+            ]
+            expected[index] = (ends[0] - ends[1]) / 2e-6
+        assert np.linalg.norm(got - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+def test_half_precision_and_complex_states():
+    rng = np.random.default_rng(0)
+    z = jnp.asarray(rng.normal(size=(3, 4)), jnp.bfloat16)
+    got = jacobian_frobenius(lambda p, z, x: p * z, jnp.bfloat16(2), z, z, KEY)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, [16.0] * 3)
+    z = jnp.asarray(rng.normal(size=(3, 4)) + 1j, jnp.complex64)
+    # As a real map, multiplication by p turns and stretches each of 4 planes: 2 |p|² each.
+    got = jacobian_frobenius(lambda p, z, x: p * z, jnp.complex64(3 + 4j), z, z, KEY)
+    np.testing.assert_allclose(got, [4 * 2 * 25.0] * 3, rtol=1e-6)
+
+
+def penalty(z, key, step, **options):
+    """The term for `f = 2 z`, where `‖J‖² / D` is 4."""
+    return JacobianRegularization(**options)(
+        lambda p, z, x: p * z, jnp.float32(2), z, z, key=key, step=step
+    )
+
+
+def test_the_schedule():
+    z = jnp.ones((3, 5))
+    steps = {0: 0.5, 9: 0.5, 10: 0.75, 29: 1.0, 30: 0.0}
+    for step, weight in steps.items():
+        options = {"weight": 0.5, "increment": 0.25, "increment_every": 10, "stop": 30}
+        assert float(penalty(z, KEY, jnp.int32(step), **options)) == 4 * weight
+    terms = jax.vmap(lambda key: penalty(z, key, 0, weight=1.0, probability=0.3))(
+        jax.random.split(KEY, 2000)
+    )
+    assert set(np.unique(terms)) == {0.0, 4.0}
+    assert abs(np.mean(np.asarray(terms) == 4) - 0.3) < 0.04
+    state = {"a": jnp.ones((3, 5)), "b": jnp.ones((3, 2, 2))}  # D counts all leaves
+    term = JacobianRegularization(1.0)(
+        lambda p, z, x: jax.tree.map(lambda leaf: p * leaf, z), 2.0, state, None, key=KEY, step=0
+    )
+    assert float(term) == 4
+
+
+def test_a_step_without_the_term_does_not_compute_it():
+    z, calls = jnp.ones((3, 5)), []
+
+    def f(p, z, x):
+        jax.debug.callback(lambda: calls.append(None))
+        return jnp.sin(p * z)
+
+    @jax.jit
+    def gradient(p, key):
+        term = JacobianRegularization(1.0, probability=0.5)
+        return jax.grad(lambda p: term(f, p, z, z, key=key, step=0))(p)
+
+    counts = {}
+    for number in range(8):
+        calls.clear()
+        got = float(gradient(jnp.float32(2), jax.random.key(number)))
+        jax.effects_barrier()
+        counts.setdefault(got != 0, set()).add(len(calls) > 0)
+    assert counts == {True: {True}, False: {False}}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"weight": -1.0}, "weight"),
+        ({"weight": 1.0, "probability": 1.5}, "probability"),
+        ({"weight": 1.0, "stop": 0}, "stop"),
+        ({"weight": 1.0, "increment": 0.1}, "increment_every"),
+    ],
+)
+def test_bad_schedules_name_the_field(options, named):
+    with pytest.raises(ValueError, match=named):
+        JacobianRegularization(**options)
+
+
+def test_bad_arguments():
+    z = jnp.ones((3, 5))
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        jacobian_frobenius(lambda p, z, x: z, None, z, z, KEY, 0)
+    with pytest.raises(ValueError, match="shapes of z"):
+        jacobian_frobenius(lambda p, z, x: z[:, :1], None, z, z, KEY)
