@@ -13,137 +13,29 @@ import importlib.metadata
 import pathlib
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
-from jax.sharding import Mesh
 
 from deq_jax import Execution
-from deq_jax.models.conv_deq import ConvDEQ, ExplicitConvNet, WeightTiedConvNet, count_parameters
+from deq_jax.models.conv_deq import count_parameters
 from experiments.common import devices, training
 from experiments.common.checkpoints import Checkpoints
-from experiments.common.data import ImageDataset, load_dataset
-from experiments.common.errors import ExperimentError, RunMismatchError, UsageError
+from experiments.common.data import load_dataset
+from experiments.common.errors import ExperimentError, RunMismatchError
 from experiments.common.figures import draw_curves, draw_residuals
 from experiments.common.logging import Reporter
-from experiments.common.loop import Progress, Task, Trainer
+from experiments.common.loop import Progress, Trainer
 from experiments.common.runs import RunDirectory
 from experiments.common.signals import GracefulStop
-from experiments.common.splits import epoch_order
-from experiments.common.totals import Record
 from experiments.common.traces import residual_traces
 from experiments.image_config import IRRELEVANT, Config
+from experiments.image_experiment import Experiment, prepare
 from experiments.image_presets import parse
 
 _TRACED_IMAGES = 64
-
-Model = ConvDEQ | WeightTiedConvNet | ExplicitConvNet
-
-
-def build_model(config: Config, dataset: ImageDataset) -> Model:
-    """The network for a data set, initialised by the seed, in training mode."""
-    network = {
-        **config.network(),
-        "image_shape": dataset.image_shape,
-        "num_classes": dataset.num_classes,
-        "rngs": nnx.Rngs(config.seed),
-    }
-    if config.model == "weight_tied":
-        model = WeightTiedConvNet(depth=config.depth, **network)
-    elif config.model == "explicit":
-        model = ExplicitConvNet(depth=config.depth, **network)
-    else:
-        solver, gradient = config.forward_solver(), config.gradient_policy()
-        execution = config.execution()
-        model = ConvDEQ(solver=solver, gradient=gradient, execution=execution, **network)
-    model.train()
-    return model
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """A run with all its parts.
-
-    Attributes:
-        config: its settings.
-        dataset: its data.
-        model: the network as it was initialised, in training mode.
-        evaluation_definition: definition of the network in evaluation mode.
-        task: what the training loop needs.
-        state: the state before the first step; used up by the first step.
-        mesh: the devices it is trained on; None for one.
-    """
-
-    config: Config
-    dataset: ImageDataset
-    model: Model
-    evaluation_definition: nnx.GraphDef
-    task: Task
-    state: training.TrainState
-    mesh: Mesh | None
-
-
-def prepare(config: Config, dataset: ImageDataset) -> Experiment:
-    """Builds the network, the optimiser and the steps.
-
-    Raises:
-        UsageError: a flag does not fit the data or the machine; the message names it.
-    """
-    mesh = devices.provide(config.devices)
-    config.check_image(dataset.image_shape)
-    steps_per_epoch = len(dataset.train) // config.batch_size
-    if steps_per_epoch == 0:
-        raise UsageError(
-            f"--batch-size must be at most the {len(dataset.train)} training examples, "
-            f"got {config.batch_size}"
-        )
-    model = build_model(config, dataset)
-    definition, params, rest = training.split_model(model)
-    schedule = training.cosine_schedule(
-        config.learning_rate, config.final_learning_rate, config.epochs * steps_per_epoch
-    )
-    optimizer = optax.adam(schedule)
-    traits = {"white": dataset.white, "solves": config.is_deq, "mesh": mesh}
-    probes = config.reports_backward
-    train_step = training.make_train_step(definition, optimizer, **traits, probes=probes)
-    model.eval()
-    evaluation_definition = nnx.graphdef(model)
-    model.train()
-    evaluator = training.Evaluator(
-        evaluation_definition, batch_size=config.eval_batch_size, **traits
-    )
-
-    def batches(epoch: int, position: int) -> Iterator[training.Batch]:
-        order = epoch_order(config.seed, epoch, len(dataset.train))
-        for step in range(position, steps_per_epoch):
-            taken = dataset.train.take(order[step * config.batch_size :][: config.batch_size])
-            yield training.Batch(taken.images, taken.labels)
-
-    def evaluate(state: training.TrainState, stop: training.StopRequested) -> Record | None:
-        totals = evaluator(state, dataset.evaluation, stop)
-        if totals is None:
-            return None
-        name = dataset.evaluation_name
-        return totals.record(name) | totals.solver_record(f"{name}_")
-
-    task = Task(
-        epochs=config.epochs,
-        steps_per_epoch=steps_per_epoch,
-        batches=batches,
-        train_step=train_step,
-        evaluate=evaluate,
-        evaluate_every=config.eval_every,
-        schedule=schedule,
-    )
-    # The optimiser's state is made from copies: the model keeps its arrays when the first step
-    # donates those of the state.
-    params, rest = jax.tree.map(lambda leaf: leaf.copy(), (params, rest))
-    state = training.initial_state(params, rest, optimizer, solves=config.is_deq, probes=probes)
-    state = devices.replicate(state, mesh)
-    return Experiment(config, dataset, model, evaluation_definition, task, state, mesh)
 
 
 def draw_solver(experiment: Experiment, state: training.TrainState, path: pathlib.Path) -> None:

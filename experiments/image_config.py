@@ -28,6 +28,7 @@ from experiments.common import devices
 from experiments.common.data import DatasetName
 from experiments.common.errors import UsageError
 from experiments.common.runs import flag_of
+from experiments.common.stability import StabilityConfig
 
 SolverName = Literal["anderson", "picard", "broyden", "newton_krylov"]
 LinearSolverName = Literal["anderson", "picard", "broyden", "newton_krylov", "gmres", "bicgstab"]
@@ -51,7 +52,7 @@ on them. What `data_dir` holds is compared by its checksum."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(StabilityConfig):
     """Train a deep equilibrium network, or one of its controls, to classify images.
 
     `--preset` chooses the data set and the defaults of all other flags. The same command again
@@ -168,6 +169,7 @@ class Config:
             self._check(name, lambda value: 0 < value <= 1, "above 0 and at most 1")
         self._check_gradient()
         self._check_execution()
+        self._check_stability()
         self._check("validation_fraction", lambda value: 0 <= value < 1, "at least 0 and below 1")
         limit = self.learning_rate
         self._check(
@@ -207,11 +209,20 @@ class Config:
         for name, absent in (("shrink_to", None), ("precision", "float32")):
             if getattr(self, name) != absent and not self.is_deq:
                 raise UsageError(f"{flag_of(name)} is for --model deq, got --model {self.model}")
-        if self.shrink_to is not None and self.gradient == "unrolled":
-            raise UsageError("--shrink-to does not go with --gradient unrolled")
         for name in ("batch_size", "eval_batch_size"):
             allowed = f"a multiple of --devices, {self.devices}"
             self._check(name, lambda value: value % self.devices == 0, allowed)
+
+    def _check_stability(self) -> None:
+        """Raises a UsageError where a flag of the stability tools does not fit."""
+        self.check_stability(self.max_iter, self.tol)
+        for name in self.changed():
+            if not self.is_deq and name not in ("dropout", "kernel_std"):
+                raise UsageError(f"{flag_of(name)} is for --model deq, got --model {self.model}")
+        if self.gradient == "unrolled" and self.shrink_to is not None:
+            raise UsageError("--shrink-to does not go with --gradient unrolled")
+        if self.pretrain_steps and self.shrink_to is not None:
+            raise UsageError("--shrink-to does not go with --pretrain-steps")
 
     @property
     def is_deq(self) -> bool:
@@ -224,9 +235,9 @@ class Config:
         allowed = f"a divisor of the sides of {self.preset}'s {height}x{width} images"
         self._check("pool", lambda value: height % value == 0 == width % value, allowed)
 
-    def network(self) -> dict[str, int]:
-        """The sizes that all models have in common."""
-        names = ("channels", "inner_channels", "groups", "pool")
+    def network(self) -> dict[str, int | float]:
+        """What all models have in common."""
+        names = ("channels", "inner_channels", "groups", "pool", "kernel_std", "dropout")
         return {name: getattr(self, name) for name in names}
 
     @property

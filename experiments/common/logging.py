@@ -10,6 +10,7 @@ from typing import Any
 
 import tqdm
 
+from experiments.common.advice import Trouble, text
 from experiments.common.errors import MissingExtraError
 from experiments.common.figures import draw_curves
 from experiments.common.runs import RunDirectory, write_atomically
@@ -76,6 +77,7 @@ class Reporter:
     def __init__(self, run: RunDirectory, *, tensorboard: bool = False):
         self._run = run
         self._drawn = time.monotonic()
+        self._explained: dict[str, int] = {}
         self._writer = _open_tensorboard(run) if tensorboard else None
 
     def start(self, history: Sequence[Record]) -> None:
@@ -92,6 +94,16 @@ class Reporter:
         if time.monotonic() - self._drawn > _REDRAW_SECONDS:
             draw_curves(history, self._run.curves)
             self._drawn = time.monotonic()
+
+    def warn(self, epoch: int, troubles: Sequence[Trouble]) -> None:
+        """Says what is wrong: with advice the first time, then in a line, once an epoch."""
+        for trouble in troubles:
+            last = self._explained.get(trouble.title)
+            if last is None:
+                tqdm.tqdm.write(text(trouble))
+            elif last < epoch:
+                tqdm.tqdm.write(f"warning: {trouble.title}: {trouble.evidence}")
+            self._explained[trouble.title] = epoch
 
     def close(self) -> None:
         """Finishes the event file."""

@@ -7,15 +7,19 @@ from collections.abc import Callable, Iterator
 import jax
 import optax
 
+from experiments.common.advice import Trouble
 from experiments.common.checkpoints import Checkpoints
 from experiments.common.errors import NonFiniteError
 from experiments.common.logging import EpochBar, Reporter
 from experiments.common.signals import GracefulStop
 from experiments.common.totals import Record, Totals
-from experiments.common.training import Batch, StopRequested, TrainState, TrainStep
+from experiments.common.training import Batch, NumberedTrainStep, StopRequested, TrainState
 
 _LOOK_SECONDS = 0.25
 """How often the loop waits for the device, to show where it is and whether the loss is finite."""
+
+_ENOUGH_STEPS = 10
+"""Steps of an epoch after which its figures say something."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +30,21 @@ class Task:
         epochs: number of epochs.
         steps_per_epoch: steps in each of them.
         batches: `batches(epoch, position)` yields the batches of an epoch from `position` on.
-        train_step: takes one step.
+        train_step: `train_step(state, batch, number)` takes the step with that number, from 0.
         evaluate: `evaluate(state, stop)` gives figures to report, or None if `stop()` became true.
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
         schedule: learning rate at a step.
+        troubles: what a record of an epoch, or of the first steps of one, shows to be wrong.
     """
 
     epochs: int
     steps_per_epoch: int
     batches: Callable[[int, int], Iterator[Batch]]
-    train_step: TrainStep
+    train_step: NumberedTrainStep
     evaluate: Callable[[TrainState, StopRequested], Record | None]
     evaluate_every: int
     schedule: optax.Schedule
+    troubles: Callable[[Record], list[Trouble]] = lambda record: []
 
 
 @dataclasses.dataclass
@@ -117,13 +123,15 @@ class Trainer:
             done=progress.position,
             shown=self.show_bar,
         )
+        warned = False
         looked = saved = time.monotonic()
         previous = None
         try:
             for batch in self.task.batches(progress.epoch, progress.position):
                 if self.stop.requested():
                     break
-                state, metrics = self.task.train_step(state, batch)
+                number = progress.epoch * self.task.steps_per_epoch + progress.position
+                state, metrics = self.task.train_step(state, batch, number)
                 progress.position += 1
                 # Waiting for the step before keeps the device busy with this one, and keeps the
                 # host from queueing the whole epoch, after which nobody could stop it.
@@ -131,7 +139,10 @@ class Trainer:
                 previous = metrics
                 now = time.monotonic()
                 if now - looked >= _LOOK_SECONDS:
-                    bar.show(progress.position, self._look(state, progress))
+                    totals = self._look(state, progress)
+                    bar.show(progress.position, totals)
+                    if not warned and progress.position >= _ENOUGH_STEPS:
+                        warned = self._warn(totals.solver_record(), progress)
                     looked = time.monotonic()
                 if now - saved >= self.checkpoint_seconds:
                     self._save(state, progress, started)
@@ -155,7 +166,14 @@ class Trainer:
         record |= totals.solver_record()
         record["learning_rate"] = float(self.task.schedule(step - 1))
         record["seconds"] = time.monotonic() - started
+        self._warn(record, progress)
         return record
+
+    def _warn(self, record: Record, progress: Progress) -> bool:
+        """Says what is wrong in words; whether something is."""
+        troubles = self.task.troubles(record)
+        self.reporter.warn(progress.epoch + 1, troubles)
+        return bool(troubles)
 
     def _save(self, state: TrainState, progress: Progress, started: float) -> None:
         self._look(state, progress)

@@ -15,6 +15,8 @@ class SolveTotals(NamedTuple):
     """Sums over the solves of an epoch, one solve a batch.
 
     Attributes:
+        solves: int32, number of solves.
+        samples: int32, samples in them.
         evaluations: int32, sum over solves.
         iterations: int32, sum over samples.
         residual: float32, sum over the samples whose residual is finite.
@@ -24,6 +26,8 @@ class SolveTotals(NamedTuple):
         diverged: int32, samples that became non-finite.
     """
 
+    solves: jax.Array
+    samples: jax.Array
     evaluations: jax.Array
     iterations: jax.Array
     residual: jax.Array
@@ -36,7 +40,7 @@ class SolveTotals(NamedTuple):
     def zeros(cls) -> "SolveTotals":
         """Totals of nothing."""
         # One buffer each: the state is donated, and no buffer can be donated twice.
-        types = cls(*[jnp.int32] * 7)._replace(residual=jnp.float32, worst_residual=jnp.float32)
+        types = cls(*[jnp.int32] * 9)._replace(residual=jnp.float32, worst_residual=jnp.float32)
         return cls(*(jnp.zeros((), dtype) for dtype in types))
 
     def add(self, stats: SolveStats | BackwardProbe, counts: jax.Array) -> "SolveTotals":
@@ -46,6 +50,8 @@ class SolveTotals(NamedTuple):
         iterations = jnp.where(counts, stats.iterations, 0).astype(jnp.int32)
         worst = jnp.where(counts, residual, 0).max()
         return SolveTotals(
+            solves=self.solves + 1,
+            samples=self.samples + _count(counts),
             evaluations=self.evaluations + stats.evaluations.astype(jnp.int32),
             iterations=self.iterations + iterations.sum(),
             residual=self.residual + jnp.where(finite, residual, 0).sum(),
@@ -55,14 +61,17 @@ class SolveTotals(NamedTuple):
             diverged=self.diverged + _count(counts & (stats.status == Status.DIVERGED)),
         )
 
-    def record(self, prefix: str, batches: int, examples: int) -> Record:
-        """Means over solves and samples, with `prefix` before each name."""
+    def record(self, prefix: str) -> Record:
+        """Means over solves and samples, with `prefix` before each name; empty without a solve."""
+        if not int(self.solves):
+            return {}
+        samples = max(1, int(self.samples))
         values = {
-            "evaluations": float(self.evaluations) / batches,
-            "iterations": float(self.iterations) / examples,
+            "evaluations": float(self.evaluations) / int(self.solves),
+            "iterations": float(self.iterations) / samples,
             "residual_mean": float(self.residual) / max(1, int(self.finite)),
             "residual_worst": float(self.worst_residual),
-            "converged": float(self.converged) / examples,
+            "converged": float(self.converged) / samples,
             "diverged": int(self.diverged),
         }
         return {f"{prefix}_{name}": value for name, value in values.items()}
@@ -75,6 +84,7 @@ class Totals(NamedTuple):
         batches: int32.
         examples: int32.
         loss: float32, sum over examples.
+        extra: float32, sum over examples of what was added to the loss.
         correct: int32.
         failed_step: int32, the first step whose loss or gradient was not finite; -1 for none.
         forward: sums over the forward solves; None for a model without solver.
@@ -84,6 +94,7 @@ class Totals(NamedTuple):
     batches: jax.Array
     examples: jax.Array
     loss: jax.Array
+    extra: jax.Array
     correct: jax.Array
     failed_step: jax.Array
     forward: SolveTotals | None
@@ -96,6 +107,7 @@ class Totals(NamedTuple):
             batches=jnp.zeros((), jnp.int32),
             examples=jnp.zeros((), jnp.int32),
             loss=jnp.zeros((), jnp.float32),
+            extra=jnp.zeros((), jnp.float32),
             correct=jnp.zeros((), jnp.int32),
             # Not `jnp.full`: like the zeros it must be a buffer of its own.
             failed_step=jnp.array(np.int32(-1)),
@@ -110,6 +122,8 @@ class Totals(NamedTuple):
         counts: jax.Array,
         forward: SolveStats | None,
         backward: BackwardProbe | None,
+        *,
+        extra: jax.Array | float = 0.0,
     ) -> "Totals":
         """Adds one batch.
 
@@ -117,16 +131,18 @@ class Totals(NamedTuple):
             loss: sum of the losses of the examples that count.
             correct: `[B]` boolean.
             counts: `[B]` boolean, the examples that count.
-            forward: statistics of the forward solve.
-            backward: report of the backward solve.
+            forward: statistics of the forward solve; None if there was none.
+            backward: report of the backward solve; None if there was none.
+            extra: sum of what was added to the losses.
         """
         return self._replace(
             batches=self.batches + 1,
             examples=self.examples + _count(counts),
             loss=self.loss + loss,
+            extra=self.extra + extra,
             correct=self.correct + _count(correct & counts),
-            forward=None if forward is None else self.forward.add(forward, counts),
-            backward=None if backward is None else self.backward.add(backward, counts),
+            forward=self.forward if forward is None else self.forward.add(forward, counts),
+            backward=self.backward if backward is None else self.backward.add(backward, counts),
         )
 
     def note_step(self, step: jax.Array, finite: jax.Array) -> "Totals":
@@ -135,20 +151,25 @@ class Totals(NamedTuple):
         return self._replace(failed_step=jnp.where(failed, step, self.failed_step))
 
     def record(self, name: str) -> Record:
-        """Mean loss and accuracy as `{name}_loss` and `{name}_accuracy`; waits for the device."""
+        """Mean loss and accuracy as `{name}_loss` and `{name}_accuracy`; waits for the device.
+
+        And `{name}_extra`, the mean of what was added to the loss, where that is not zero.
+        """
         examples = max(1, int(self.examples))
-        return {
+        record = {
             f"{name}_loss": float(self.loss) / examples,
             f"{name}_accuracy": float(self.correct) / examples,
         }
+        if float(self.extra):
+            record[f"{name}_extra"] = float(self.extra) / examples
+        return record
 
     def solver_record(self, prefix: str = "") -> Record:
         """Figures of the solves as `{prefix}forward_...` and `{prefix}backward_...`."""
-        batches, examples = max(1, int(self.batches)), max(1, int(self.examples))
         record = {}
         for name, solves in (("forward", self.forward), ("backward", self.backward)):
             if solves is not None:
-                record |= solves.record(prefix + name, batches, examples)
+                record |= solves.record(prefix + name)
         return record
 
 

@@ -1,5 +1,6 @@
 """The training step and the evaluation of a classifier, as pure functions of split NNX state."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from jax.sharding import Mesh
 from deq_jax import BackwardProbe
 from experiments.common import devices
 from experiments.common.data import Images
+from experiments.common.objective import Objective
+from experiments.common.stability import Phase
 from experiments.common.totals import Totals
 
 PyTree = Any
@@ -51,6 +54,7 @@ class TrainState(NamedTuple):
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+NumberedTrainStep = Callable[[TrainState, Batch, int], tuple[TrainState, Metrics]]
 
 
 def split_model(model: nnx.Module) -> tuple[Any, PyTree, PyTree]:
@@ -92,20 +96,23 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     white: int,
-    solves: bool,
+    objective: Objective,
+    phase: Phase | None,
     probes: bool,
     mesh: Mesh | None = None,
 ) -> TrainStep:
     """A jitted training step, which uses up (donates) the state it is given.
 
-    The loss is the mean cross-entropy of the batch. Besides the gradient of the parameters the
-    step takes that of a `BackwardProbe`, which is how the backward solve reports.
+    The loss is the mean cross-entropy of the batch and what `objective` adds. Besides the gradient
+    of the parameters the step takes that of a `BackwardProbe`, which is how the backward solve
+    reports.
 
     Args:
         definition: the model's definition in training mode, from `split_model`.
         optimizer: the optimiser.
         white: pixel value that becomes 1.
-        solves: the model is a DEQ and returns statistics of its solve.
+        objective: the loss.
+        phase: how its layer is solved, as it is in `definition`; None for a model without a solver.
         probes: its gradient is one that can report on its backward solve.
         mesh: devices over which the batch is split, see `devices.provide`.
 
@@ -114,28 +121,42 @@ def make_train_step(
         batch. The state's totals remember the first step whose loss or gradient is not finite.
     """
 
-    def loss_of(params, probe, rest, batch):
+    def loss_of(params, probe, rest, batch, step):
         # A copy: the batch statistics that the call updates are to be those of this trace level.
         model = nnx.merge(definition, params, rest, copy=True)
         images = to_float(batch.images, white)
-        stats = None
-        if solves:
-            logits, stats = model(images, return_stats=True, backward_probe=probe)
+        if phase is None:
+            outcome = objective.plain(model, images, batch.labels)
         else:
-            logits = model(images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+            outcome = objective(
+                model,
+                images,
+                batch.labels,
+                step=step,
+                sample_at=phase.sample_at,
+                sample_gradient=phase.sample_gradient,
+                probe=probe,
+            )
         _, _, rest = split_model(model)
-        return losses.mean(), (logits, stats, rest)
+        return outcome.loss + outcome.extra, (outcome, rest)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         size = batch.labels.shape[0]
         probe = BackwardProbe.zeros(size) if probes else None
-        (loss, (logits, stats, rest)), (gradient, report) = jax.value_and_grad(
+        (loss, (outcome, rest)), (gradient, report) = jax.value_and_grad(
             loss_of, argnums=(0, 1), has_aux=True
-        )(state.params, probe, state.rest, batch)
+        )(state.params, probe, state.rest, batch, state.step)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
-        correct = logits.argmax(-1) == batch.labels
-        totals = state.totals.add(loss * size, correct, jnp.ones(size, bool), stats, report)
+        correct = outcome.logits.argmax(-1) == batch.labels
+        counted = phase is not None and phase.reports
+        totals = state.totals.add(
+            outcome.loss * size,
+            correct,
+            jnp.ones(size, bool),
+            outcome.stats if counted else None,
+            report,
+            extra=outcome.extra * size,
+        )
         totals = totals.note_step(state.step, jnp.isfinite(loss + optax.tree.norm(gradient)))
         state = TrainState(
             params=optax.apply_updates(state.params, updates),
@@ -144,9 +165,25 @@ def make_train_step(
             step=state.step + 1,
             totals=totals,
         )
-        return state, {"loss": loss, "accuracy": correct.mean()}
+        return state, {"loss": outcome.loss, "accuracy": correct.mean()}
 
     return devices.jit(train_step, ("same", "batch"), mesh)
+
+
+def phased(
+    make: Callable[[Phase | None], TrainStep], phase_at: Callable[[int], Phase | None]
+) -> NumberedTrainStep:
+    """A training step that is another compiled function in each phase.
+
+    Args:
+        make: the step of a phase; called once for each phase that comes up.
+        phase_at: number of a step -> its phase.
+
+    Returns:
+        `train_step(state, batch, number)`. The choice is made in Python, by `number`.
+    """
+    made = functools.cache(make)
+    return lambda state, batch, number: made(phase_at(number))(state, batch)
 
 
 class Evaluator:

@@ -14,7 +14,7 @@ def test_totals_of_a_diverged_and_of_a_padded_sample():
         evaluations=np.float32(9),
     )
     counts = jax.numpy.asarray([True, True, False, True])
-    record = SolveTotals.zeros().add(report, counts).record("x", batches=1, examples=3)
+    record = SolveTotals.zeros().add(report, counts).record("x")
     assert record == {
         "x_evaluations": 9.0,
         "x_iterations": 3.0,
@@ -23,3 +23,7 @@ def test_totals_of_a_diverged_and_of_a_padded_sample():
         "x_converged": pytest.approx(1 / 3),
         "x_diverged": 1,
     }
+
+
+def test_nothing_solved_is_nothing_to_report():
+    assert SolveTotals.zeros().record("x") == {}

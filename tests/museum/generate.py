@@ -10,6 +10,7 @@ from tests.museum.catalogue import Row
 
 MODULES = (
     "test_torchdeq",
+    "test_stability",
     "test_jaxopt",
     "test_optimistix",
     "test_locuslab",

@@ -101,6 +101,22 @@ def test_ritz_values_with_small_errors_are_eigenvalues():
     assert np.asarray(got.errors[0]).max() > 0.01
 
 
+def test_the_error_knows_how_sensitive_the_eigenvalue_is():
+    """Far from normal a small residual does not mean a small error."""
+    rng = np.random.default_rng(0)
+    found = [
+        np.triu(rng.normal(size=(40, 40)), 1) * 0.4 + np.diag(rng.uniform(-0.9, 0.9, 40))
+        for _ in range(12)
+    ]
+    z = jnp.zeros((12, 40))
+    arguments = (linear, jnp.asarray(found, jnp.float32), z, z, KEY)
+    got = spectral_radius(*arguments, steps=30, max_products=30)
+    deviation = np.abs(got.radius - np.abs(np.linalg.eigvals(found)).max(1))
+    assert (deviation <= 2 * got.error + 1e-4).all()
+    residual = np.asarray(spectrum(*arguments, steps=30).errors[:, 0])
+    assert (deviation > 2 * residual + 1e-4).any()
+
+
 def test_an_exhausted_space_has_no_more_values():
     z = jnp.zeros((2, 6))
     diagonal = jnp.asarray([[3, 3, 3, 2, 2, 2], [1, 1, 1, 1, 1, 1]], jnp.float32)
