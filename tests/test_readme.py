@@ -73,3 +73,16 @@ def test_links_and_commands_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_the_stability_guide_runs():
+    guide = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    names = {}
+    exec(compile(block, "docs/stability.md", "exec"), names)
+    z, params, x = (np.asarray(names[name], np.float64) for name in ("z", "params", "x"))
+    slopes = 1 - np.tanh(z @ params + x) ** 2
+    radius = [np.abs(np.linalg.eigvals(params * slope)).max() for slope in slopes]
+    np.testing.assert_allclose(names["found"].radius, radius, rtol=0.01)
+    norms = [((params * slope) ** 2).sum() for slope in slopes]
+    np.testing.assert_allclose(names["size"], norms, rtol=0.5)
