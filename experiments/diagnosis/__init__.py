@@ -1,0 +1,1 @@
+"""A report on the solves of a trained network: its numbers, figures and page."""
