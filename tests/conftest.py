@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
+from tests import xla
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *xla.flags()])
 os.environ["MPLBACKEND"] = "Agg"
 
 import jax
