@@ -67,11 +67,8 @@ class DEQ(nn.Module):
         **kwargs: Any,
     ) -> PyTree | tuple[PyTree, ...]:
         """Solves for z*; `kwargs`, hashable, go to the cell; the rest as `deq_fixed_point`."""
-        has_injection = callable(getattr(type(self.cell), "inject", None))
-        normalized = self.normalization is not None and not self.is_initializing()
-        effective = self._effective_params() if normalized else None
-        injection = _call(self.cell, effective, "inject", x) if has_injection else x
         if self.is_initializing():
+            injection = self._inject(None, x)
             start = jax.tree.map(jnp.zeros_like, injection) if z0 is None else z0
             z = self.cell(start, injection, **kwargs)
             if self.normalization is not None:
@@ -79,14 +76,12 @@ class DEQ(nn.Module):
             stats = iterate(lambda _: z, z, Picard(max_iter=1)).stats
             return returned(z, stats, (z,) * len(sample_at), return_stats)
 
-        cell, variables = self.cell.unbind()
-        if normalized:
-            variables = {**variables, "params": effective}
-        rngs = {name: self.make_rng(name) for name in self.rng_streams if self.has_rng(name)}
-        changing = tuple(name for name in variables if name != "params")
+        effective = self._effective_params(advance=not self.deterministic)
+        injection = self._inject(effective, x)
+        f, state = self._function(effective, kwargs)
         z, stats, *samples = deq_fixed_point(
-            _Apply(cell, changing, tuple(sorted(kwargs.items()))),
-            (variables, rngs),
+            f,
+            state,
             injection,
             z0,
             solver=self.solver,
@@ -98,7 +93,7 @@ class DEQ(nn.Module):
             sample_gradient=sample_gradient,
             execution=self.execution,
         )
-        if changing or self.is_mutable_collection("intermediates"):
+        if f.changing or self.is_mutable_collection("intermediates"):
             arguments = jax.lax.stop_gradient((z, injection))
             _call(self.cell, effective, "__call__", *arguments, **kwargs)
         return returned(z, stats, *(samples or [()]), return_stats)
@@ -110,12 +105,40 @@ class DEQ(nn.Module):
         if jax.tree.leaves(statistics):
             self.variable("normalization", "statistics", lambda: statistics)
 
-    def _effective_params(self) -> PyTree:
+    def equation(self, x: PyTree, **kwargs: Any) -> tuple["_Apply", tuple[PyTree, PyTree], PyTree]:
+        """What the layer solves: `f, params, injection` with `z* = f(params, z*, injection)`.
+
+        As `deq_jax.nnx.DEQ.equation`; by itself `layer.apply(variables, x, method="equation")`.
+        `params` is the pair of the cell's variables, normalised if there is a normalisation, and
+        its random streams.
+        """
+        effective = self._effective_params(advance=False)
+        return *self._function(effective, kwargs), self._inject(effective, x)
+
+    def _function(
+        self, effective: PyTree | None, kwargs: dict[str, Any]
+    ) -> tuple["_Apply", tuple[PyTree, PyTree]]:
+        """The cell as a pure function, and its variables and random streams."""
+        cell, variables = self.cell.unbind()
+        if effective is not None:
+            variables = {**variables, "params": effective}
+        rngs = {name: self.make_rng(name) for name in self.rng_streams if self.has_rng(name)}
+        changing = tuple(name for name in variables if name != "params")
+        return _Apply(cell, changing, tuple(sorted(kwargs.items()))), (variables, rngs)
+
+    def _inject(self, effective: PyTree | None, x: PyTree) -> PyTree:
+        has_injection = callable(getattr(type(self.cell), "inject", None))
+        return _call(self.cell, effective, "inject", x) if has_injection else x
+
+    def _effective_params(self, *, advance: bool) -> PyTree | None:
+        """The cell's normalised parameters; None without a normalisation."""
+        if self.normalization is None:
+            return None
         params = self.cell.variables.get("params", {})
         scale = self.get_variable("params", "scale", {})
         statistics = self.get_variable("normalization", "statistics", {})
         effective, advanced = self.normalization(params, scale, statistics)
-        changes = self.is_mutable_collection("normalization") and not self.deterministic
+        changes = self.is_mutable_collection("normalization") and advance
         if changes and jax.tree.leaves(statistics):
             self.put_variable("normalization", "statistics", advanced)
         return effective

@@ -40,7 +40,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
         "--preset=cifar10",
         "--train-examples=5000",
         "--validation-fraction=0.02",
-        "--epochs=5",
+        "--epochs=3",
         "--batch-size=50",
         "--channels=24",
         "--inner-channels=32",
@@ -50,7 +50,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
 }
 """What each study trains."""
 
-WEIGHTS: dict[str, tuple[float, ...]] = {"digits": (0, 4, 20, 100), "cifar10": (0, 5, 20)}
+WEIGHTS: dict[str, tuple[float, ...]] = {"digits": (0, 4, 20, 100), "cifar10": (0, 20)}
 """Weights of the penalty, none first. It is there in half of the steps."""
 
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 40)

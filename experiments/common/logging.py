@@ -128,7 +128,8 @@ def epoch_line(record: Record) -> str:
     for split in ("train", "validation", "test"):
         if f"{split}_loss" in record:
             loss, accuracy = record[f"{split}_loss"], record[f"{split}_accuracy"]
-            parts.append(f"{split} loss {loss:.4f} accuracy {accuracy:.4f}")
+            extra = f" + {record[f'{split}_extra']:.4f}" if f"{split}_extra" in record else ""
+            parts.append(f"{split} loss {loss:.4f}{extra} accuracy {accuracy:.4f}")
     for solve in ("forward", "backward"):
         if f"{solve}_evaluations" in record:
             parts.append(

@@ -108,6 +108,33 @@ def test_both_are_the_formula(name):
         assert relative_error((by_params, by_x), expected) < 1e-8
 
 
+@pytest.mark.parametrize("normalization", [None, SpectralNorm(0.5, clip=0.8)])
+def test_layers_hand_out_the_equation_that_they_solve(normalization):
+    """Its f at any z is the cell with effective weights, and nothing of the layer changes."""
+    x, z = normal(3, 2), normal(3, 4, seed=2)
+    layer = make_nnx(normalization)
+    if normalization is None:
+        variables = {"params": nnx.to_pure_dict(nnx.state(layer, nnx.Param))}
+        effective = variables["params"]["cell"]
+    else:
+        variables = linen_variables(layer)
+        cell = nnx.state(layer.cell, nnx.Param)
+        effective, _ = normalization(nnx.to_pure_dict(cell), {}, values(layer.statistics))
+    before = jax.tree.map(jnp.copy, nnx.state(layer))
+    linen = deq_jax.linen.DEQ(LinenFeedForward(), solver=SOLVER, normalization=normalization)
+    equations = (
+        layer.equation(x),
+        linen.apply(variables, x, method="equation"),
+        linen.apply(variables, x, method="equation", mutable=["normalization"])[0],
+    )
+    for f, params, injection in equations:
+        assert relative_error(f(params, z, injection), feed_forward(effective, z, x)) < 1e-12
+    assert relative_error(nnx.state(layer), before) == 0
+    solved = layer(x)
+    f, params, injection = layer.equation(x) if normalization is None else equations[0]
+    assert relative_error(f(params, solved, injection), solved) < 1e-9
+
+
 def test_linen_init():
     x = normal(3, 2)
     for normalization, _, _ in (*NORMALIZATIONS.values(), (SpectralNorm(), None, None)):
