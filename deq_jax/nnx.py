@@ -39,7 +39,8 @@ class DEQ(nnx.Module):
     computed once a call, before the loop, and all uses of the cell in that call, `inject` and the
     last call at z* too, have them. Gradients reach v and g. Trainable parameters start from the
     kernels that the cell has when the layer is made, so set these before. Statistics advance in
-    training mode, with each call.
+    training mode, with each call. They are `scale` and `statistics`: each a dict by path, of
+    `nnx.Param` and of `NormalizationStatistics`.
 
     Attributes:
         cell: a module with `cell(z, x) -> z`.
@@ -51,9 +52,6 @@ class DEQ(nnx.Module):
             cell's parameters to effective ones; None leaves them as they are.
         deterministic: True keeps the statistics of the normalisation; set by `eval()` and
             `train()`.
-        scale: the normalisation's trainable parameters (g), a dict of `nnx.Param` by path, if there
-            is a normalisation.
-        statistics: its statistics likewise, of `NormalizationStatistics`.
     """
 
     def __init__(

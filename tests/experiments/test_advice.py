@@ -137,9 +137,10 @@ def test_spectra_that_are_not_known():
 
 def test_budgets():
     budgets = (1, 5, 25, 100)
-    assert advice.of_budget(budgets, (0.1, 0.8, 0.9, 0.89), 25) == []
-    assert advice.of_budget(budgets, (0.1, 0.8, 0.9, 0.5), 100) == []
-    (trouble,) = advice.of_budget(budgets, (0.1, 0.8, 0.9, 0.8), 25)
+    assert advice.of_budget(budgets, (0.1, 0.8, 0.9, 0.89), 25, 1000) == []
+    assert advice.of_budget(budgets, (0.1, 0.8, 0.9, 0.5), 100, 1000) == []
+    assert advice.of_budget(budgets, (0.1, 0.8, 0.9, 0.8), 25, 20) == []  # two answers
+    (trouble,) = advice.of_budget(budgets, (0.1, 0.8, 0.9, 0.8), 25, 30)
     assert trouble.evidence == "accuracy is 90.0% with at most 25 evaluations and 80.0% with 100"
 
 
@@ -153,7 +154,7 @@ def everything():
     troubles = advice.of_record(bad, tolerances={"forward": 1.0, "backward": 1.0})
     troubles += advice.of_record(bad, approximate=True)
     troubles += spectrum([2.0]) + spectrum([0.99]) + spectrum([np.nan]) + spectrum([0.5], 1, False)
-    return troubles + advice.of_budget((1, 2), (0.9, 0.1), 1)
+    return troubles + advice.of_budget((1, 2), (0.9, 0.1), 1, 100)
 
 
 def test_flags_that_are_named_exist():

@@ -222,7 +222,7 @@ def results():
     forward["deq_jax"]["seconds"] |= {"cell": [1e-3] * 3, "prepared cell": [5e-4] * 3}
     gradient = {
         "deq_jax": row(5.0),
-        "deq_jax, Picard": row(2.0, gradient_error=1.1e-4),  # fast, but less accurate than jaxopt
+        "deq_jax, shrinking": row(2.0, gradient_error=1.1e-4),  # less accurate than jaxopt
         "jaxopt": row(20.0),
         "jaxopt, ridge 1e-4": row(30.0),
     }

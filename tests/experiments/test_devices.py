@@ -47,7 +47,7 @@ def one_and_two():
             parts = experiment(*flags)
             state, losses = parts.state, []
             for batch in list(parts.task.batches(0, 0))[:2]:
-                state, metrics = parts.task.train_step(state, batch)
+                state, metrics = parts.task.train_step(state, batch, 0)
                 losses.append(float(metrics["loss"]))
             trained.append((parts, state, losses))
         return trained
@@ -89,7 +89,7 @@ def test_a_checkpoint_of_two_devices_goes_on_bit_for_bit(one_and_two, tmp_path):
         checkpoints.save(state, {})
         restored, _ = checkpoints.restore(state)
     kept = jax.tree.map(jnp.copy, state)
-    ends = [parts.task.train_step(given, batch)[0] for given in (kept, restored)]
+    ends = [parts.task.train_step(given, batch, 0)[0] for given in (kept, restored)]
     for one, other in zip(*map(jax.tree.leaves, ends), strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
@@ -130,7 +130,7 @@ def test_losses_stay_the_same(flags):
     losses = []
     for more in ([], added):
         parts = experiment(*common, *more)
-        _, metrics = parts.task.train_step(parts.state, next(parts.task.batches(0, 0)))
+        _, metrics = parts.task.train_step(parts.state, next(parts.task.batches(0, 0)), 0)
         losses.append(metrics["loss"])
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
@@ -182,7 +182,7 @@ def test_precision(precision):
     for name in ("float32", precision):
         parts = experiment(f"--precision={name}")
         batch = next(parts.task.batches(0, 0))
-        steps[name] = parts.task.train_step(parts.state, batch)
+        steps[name] = parts.task.train_step(parts.state, batch, 0)
     (expected, exact), (state, metrics) = steps.values()
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
     assert abs(metrics["loss"] - exact["loss"]) < 0.02 * exact["loss"]

@@ -161,7 +161,7 @@ def test_training_updates_parameters_and_batch_statistics():
     before = jax.device_get(parts.state)
     batch = next(parts.task.batches(0, 0))
     assert batch.images.shape == (10, 8, 8, 1)
-    state, metrics = parts.task.train_step(parts.state, batch)
+    state, metrics = parts.task.train_step(parts.state, batch, 0)
     assert int(state.step) == 1
     assert int(state.totals.examples) == 10
     np.testing.assert_allclose(float(state.totals.loss) / 10, float(metrics["loss"]), rtol=1e-6)
@@ -183,7 +183,7 @@ def test_totals_are_those_of_the_reports():
         return -chosen.mean(), stats
 
     report, stats = jax.jit(jax.grad(loss_of, has_aux=True))(BackwardProbe.zeros(10))
-    state, _ = parts.task.train_step(parts.state, batch)
+    state, _ = parts.task.train_step(parts.state, batch, 0)
     for solve, totals in ((stats, state.totals.forward), (report, state.totals.backward)):
         solve = jax.tree.map(np.asarray, solve)
         assert int(totals.evaluations) == solve.evaluations
