@@ -145,7 +145,7 @@ def _facts(run: Run, solver: Solver, count: int) -> dict[str, str]:
     if progress.position:
         epochs += f", and {progress.position} steps"
     facts = {
-        "run": str(run.path.resolve()),
+        "run": str(run.path),
         "data": f"{dataset.name}, trained on {len(dataset.train):,} images",
         "looked at": part,
         "model": f"{config.model}, {count_parameters(experiment.model):,} parameters",
@@ -184,7 +184,8 @@ def _troubles(
             dataclasses.replace(trouble, evidence=when + trouble.evidence) for trouble in then
         ]
     found += advice.of_spectrum(spectra.radius, spectra.error, spectra.converged)
-    return found + advice.of_budget(budgets.budgets, budgets.accuracy, budgets.trained)
+    tried = (budgets.budgets, budgets.accuracy, budgets.trained, len(solves.labels))
+    return found + advice.of_budget(*tried)
 
 
 def _no_backward(config: Config) -> str:

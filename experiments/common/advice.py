@@ -44,6 +44,7 @@ class Limits:
         radius: highest median of the spectral radius.
         uncertain: highest share of samples whose spectral radius could not be had.
         accuracy: most that the accuracy may fall when the solver goes on beyond its budget.
+        lost: fewest right answers that must be lost with that, so that it is not chance.
     """
 
     converged: float = 0.5
@@ -53,6 +54,7 @@ class Limits:
     radius: float = 0.95
     uncertain: float = 0.25
     accuracy: float = 0.02
+    lost: int = 3
 
 
 def of_record(
@@ -154,6 +156,7 @@ def of_budget(
     budgets: Sequence[int],
     accuracy: Sequence[float],
     trained: int,
+    count: int,
     limits: Limits = Limits(),
 ) -> list[Trouble]:
     """Whether accuracy falls when the solver may use more than the `trained` evaluations.
@@ -162,12 +165,13 @@ def of_budget(
         budgets: `max_iter` of each solve, `trained` among them.
         accuracy: what each came to, in [0, 1].
         trained: `max_iter` that the run is evaluated with.
+        count: answers that each accuracy is taken over.
         limits: from where on a figure means trouble.
     """
     reached = dict(zip(budgets, accuracy, strict=True))
     last = max(reached)
     fall = reached[trained] - reached[last]
-    if last <= trained or not fall > limits.accuracy:
+    if last <= trained or not fall > limits.accuracy or round(fall * count) < limits.lost:
         return []
     return [
         Trouble(

@@ -38,32 +38,29 @@ def residual_traces(
         backward = dataclasses.replace(backward, trace=True) if traced else None
     # The precision of the training; the batch is in one piece here.
     execution = dataclasses.replace(core.execution, shard_axis=None, shrink_to=None)
-    cell_definition, cell_state = nnx.split(core.cell)
-
-    def cell(state, z, x):
-        return nnx.merge(cell_definition, state, copy=True)(z, x)
 
     @jax.jit
-    def solve_both(state, cell_state, images, labels):
+    def solve_both(state, images, labels):
         def loss_of(z):
             logits = nnx.merge(definition, state, copy=True).classify(z)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-        injection = nnx.merge(definition, state, copy=True).injection(images)
-        z, stats = solve_fixed_point(
-            cell, cell_state, injection, solver=solver, execution=execution
-        )
+        network = nnx.merge(definition, state, copy=True)
+        injection = network.injection(images)
+        equation, start = network.core.equation(injection), network.start(injection)
+        z, stats = solve_fixed_point(*equation, start, solver=solver, execution=execution)
         z = z.astype(injection.dtype)
         if backward is None:
             return (stats.trace,)
         # The gradient of the loss at the equilibrium is where a backward pass starts.
         cotangent = jax.grad(loss_of)(z)
-        adjoint = solve_adjoint(cell, cell_state, injection, z, cotangent, solver=backward)
+        f, params, given = equation
+        adjoint = solve_adjoint(f, params, given, z, cotangent, solver=backward)
         return stats.trace, adjoint.stats.trace
 
     # Named outside of jit, which would put the names into alphabetical order.
     names = ("forward", "backward")
-    traces = jax.device_get(solve_both(state, cell_state, images, labels))
+    traces = jax.device_get(solve_both(state, images, labels))
     tolerances = (solver.tol, getattr(backward, "tol", None))
     count = len(traces)
     return dict(zip(names[:count], traces, strict=True)), dict(

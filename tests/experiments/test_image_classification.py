@@ -252,8 +252,11 @@ def test_gradients_with_and_without_a_backward_report(reports, tmp_path, capsys)
     assert (tmp_path / "residuals.png").is_file()
 
 
-def test_residual_traces_are_those_of_the_solves():
-    parts = experiment(train_examples=50)
+@pytest.mark.parametrize("changes", [{}, {"start": "learned", "normalization": "spectral"}])
+def test_residual_traces_are_those_of_the_solves(changes):
+    if changes:  # far from their bound, so that normalised kernels are others
+        changes |= {"normalization_bound": 0.05, "kernel_std": 0.1}
+    parts = experiment(train_examples=50, **changes)
     model = nnx.merge(parts.evaluation_definition, parts.state.params, parts.state.rest, copy=True)
     examples = parts.dataset.evaluation.take(np.arange(5))
     images = training.to_float(jax.numpy.asarray(examples.images), 16)

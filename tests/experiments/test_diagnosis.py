@@ -1,0 +1,204 @@
+"""What a diagnosis measures against independent numbers, and its figures."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deq_jax import Anderson, Status
+from experiments.common.data import load_dataset
+from experiments.diagnosis import confidence, figures, measure
+from experiments.image_experiment import build_model
+from experiments.image_presets import parse
+from tests.experiments.conftest import TINY
+
+PNG = b"\x89PNG"
+
+
+def network(count, scale=1.0, **changes):
+    """A network at its initialisation with the cell's kernels scaled, and `count` images."""
+    config = dataclasses.replace(parse(TINY), **changes)
+    dataset = load_dataset("digits", train_examples=200)
+    model = build_model(config, dataset)
+    model.eval()
+    for convolution in (model.core.cell.conv1, model.core.cell.conv2):
+        convolution.kernel[...] = scale * convolution.kernel[...]
+    examples = dataset.evaluation.take(np.arange(count))
+    return model, examples, jnp.asarray(np.float32(examples.images) / np.float32(16))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auroc_is_the_share_of_pairs_in_order(seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 6, 30).astype(float)
+    scores[:3] = -np.inf, np.inf, np.nan
+    positive = rng.random(30) < 0.6
+    compared = np.where(np.isnan(scores), -np.inf, scores)
+    above = compared[positive][:, None]
+    below = compared[~positive][None, :]
+    expected = ((above > below) + 0.5 * (above == below)).mean()
+    assert confidence.auroc(scores, positive) == pytest.approx(expected, abs=1e-12)
+
+
+def solves_of(correct, residual=None):
+    count = len(correct)
+    residual = np.linspace(0.001, 0.1, count) if residual is None else np.asarray(residual)
+    return measure.Solves(
+        labels=np.ones(count, int),
+        predicted=np.asarray(correct, int),
+        softmax=np.linspace(1.0, 0.5, count),
+        residual=residual,
+        iterations=np.arange(1, count + 1),
+        status=np.where(np.isfinite(residual), Status.CONVERGED, Status.DIVERGED),
+    )
+
+
+def test_confidence_needs_enough_of_both_kinds():
+    # The residuals ascend, so that all right answers have a lower one than all wrong ones.
+    found = confidence.confidence(solves_of([True] * 30 + [False] * 10))
+    assert (found.correct, found.wrong) == (30, 10)
+    assert found.auroc == {"softmax maximum": 1.0, "-residual": 1.0, "-evaluations": 1.0}
+    assert confidence.confidence(solves_of([False] * 10 + [True] * 30)).auroc["-residual"] == 0.0
+    assert confidence.confidence(solves_of([True] * 30 + [False] * 9)).auroc == {}
+    assert confidence.confidence(solves_of([False] * 30 + [True] * 9)).auroc == {}
+
+
+def test_order_of_the_images():
+    solves = measure.Solves(
+        labels=np.zeros(5, int),
+        predicted=np.zeros(5, int),
+        softmax=np.ones(5),
+        residual=np.array([0.01, np.inf, 0.5, 0.02, 0.4]),
+        iterations=np.array([4, 2, 9, 4, 9]),
+        status=np.array([0, 2, 1, 0, 1]),
+    )
+    np.testing.assert_array_equal(solves.hardest_first(), [1, 2, 4, 3, 0])
+    assert solves.record() == {
+        "forward_iterations": pytest.approx(5.6),
+        "forward_residual_mean": pytest.approx(0.93 / 4),
+        "forward_residual_worst": np.inf,
+        "forward_converged": pytest.approx(0.4),
+        "forward_diverged": 1,
+    }
+
+
+def test_backward_record():
+    nan = np.nan
+    trace = np.array([[1.0, 0.5, np.inf, nan], [0.1, 0.9, nan, nan], [nan, 0.3, nan, nan]])
+    record = measure.backward_record(trace, 0.1)
+    assert record == {
+        "backward_residual_mean": pytest.approx(0.2),
+        "backward_residual_worst": np.inf,
+        "backward_converged": pytest.approx(1 / 4),
+    }
+    assert measure.backward_record(np.full((3, 2), nan), 0.1) == {}
+
+
+@pytest.mark.parametrize("tools", [{}, {"normalization": "weight", "start": "learned"}])
+def test_solves_and_budgets_are_those_of_direct_solves(tools):
+    # 40 images are a full batch and one that has to be filled up.
+    model, examples, images = network(40, scale=2.0, tol=0.01, max_iter=9, **tools)
+    looked_at = measure.Network(model, examples, 16)
+    logits, stats = model(images, return_stats=True)
+    solves = looked_at.solves()
+    assert 0 < solves.converged.sum() < 40 or tools
+    assert len(set(solves.iterations)) > 1
+    np.testing.assert_array_equal(solves.labels, examples.labels)
+    np.testing.assert_array_equal(solves.iterations, stats.iterations)
+    np.testing.assert_array_equal(solves.status, stats.status)
+    np.testing.assert_allclose(solves.residual, stats.residual, rtol=1e-3)
+    exponentials = np.exp(np.float64(logits))
+    shares = exponentials / exponentials.sum(1, keepdims=True)
+    np.testing.assert_array_equal(solves.predicted, shares.argmax(1))
+    np.testing.assert_allclose(solves.softmax, shares.max(1), rtol=1e-4)
+
+    budgets = looked_at.budgets((2, 12))
+    np.testing.assert_array_equal(budgets.budgets, [2, 9, 12])
+    assert budgets.trained == 9
+    for row, budget in enumerate(budgets.budgets):
+        model.core.solver = Anderson(tol=0.0, max_iter=int(budget))
+        logits, stats = model(images, return_stats=True)
+        assert int(stats.evaluations) == budget
+        residual = np.float64(stats.residual)
+        right = np.asarray(logits).argmax(1) == examples.labels
+        assert budgets.accuracy[row] == right.mean()
+        assert budgets.converged[row] == (residual <= 0.01).mean()
+        np.testing.assert_allclose(budgets.residual[row], residual.mean(), rtol=1e-3)
+
+
+def test_newton_is_not_tried_with_budgets_that_take_forever():
+    model, examples, _ = network(3, solver="newton_krylov")
+    looked_at = measure.Network(model, examples, 16)
+    looked_at._all = lambda answer: solves_of([True, False, True])
+    np.testing.assert_array_equal(looked_at.budgets((2, 25, 50)).budgets, [2, 6, 25])
+
+
+def test_spectra_are_those_of_the_dense_jacobian():
+    sizes = {"channels": 4, "inner_channels": 4}
+    model, examples, images = network(5, scale=60.0, tol=1e-3, max_iter=100, **sizes)
+    looked_at = measure.Network(model, examples, 16)
+    order = np.array([3, 1, 4, 0, 2])
+    spectra = looked_at.spectra(order, count=3)
+    assert spectra.looked_at == {"slowest": 3, "median": 4, "fastest": 2}
+    assert spectra.converged.all()
+    injection = model.injection(images)
+    z = model.core(injection)
+    flat = z[0].size
+
+    @jax.jit
+    @jax.jacfwd
+    def jacobian(v, x):
+        return model.core.cell(v.reshape(1, *z.shape[1:]), x[None]).ravel()
+
+    for row, (name, index) in enumerate(spectra.looked_at.items()):
+        dense = np.float64(jacobian(z[index].ravel(), injection[index]))
+        assert dense.shape == (flat, flat)
+        eigenvalues = np.linalg.eigvals(dense)
+        expected = np.abs(eigenvalues).max()
+        assert expected > 0.2
+        assert spectra.radius[row] == pytest.approx(expected, rel=0.02)
+        assert abs(spectra.radius[row] - expected) <= 2 * spectra.error[row] + 1e-3
+        # What is said to be sharp is an eigenvalue.
+        values, errors = spectra.values[name], spectra.errors[name]
+        sharp = errors < 1e-3 * expected
+        assert sharp.any()
+        distance = np.abs(values[sharp][:, None] - eigenvalues[None]).min(1)
+        assert distance.max() < 0.02 * expected
+
+
+def test_a_network_that_is_not_finite():
+    model, examples, _ = network(3, scale=np.nan)
+    looked_at = measure.Network(model, examples, 16)
+    solves = looked_at.solves()
+    # The first evaluation is at zero, whose residual needs the kernels, too.
+    assert (solves.status == Status.DIVERGED).all()
+    spectra = looked_at.spectra(solves.hardest_first())
+    budgets = looked_at.budgets((2,))
+    assert np.isnan(spectra.radius).all()
+    assert np.isnan(budgets.residual).all()
+    traces = {"forward": np.full((6, 3), np.nan)}
+    judged = confidence.confidence(solves)
+    drawn = {
+        **figures.residuals(traces, {"forward": 0.1}),
+        **figures.evaluations(solves, 6),
+        **figures.spectra(spectra),
+        **figures.budgets(budgets, 0.1),
+        **figures.confidence(solves, judged),
+    }
+    assert all(png.startswith(PNG) for png in drawn.values())
+
+
+def test_figures_with_gaps():
+    history = [
+        {"epoch": 1, "forward_converged": 0.5, "forward_residual_mean": None},
+        {"epoch": 2, "forward_converged": np.nan, "forward_residual_mean": 0.0},
+    ]
+    assert figures.epochs([]) == {}
+    assert figures.epochs([{"epoch": 1, "forward_converged": np.nan}]) == {}
+    assert list(figures.epochs(history)) == ["epochs_converged", "epochs_residual"]
+    residual = np.append(np.linspace(0, 0.1, 29), np.inf)
+    solves = solves_of([True] * 15 + [False] * 15, residual)
+    drawn = figures.confidence(solves, confidence.confidence(solves))
+    assert list(drawn) == ["confidence_residual", "confidence_roc"]
