@@ -130,6 +130,13 @@ class DEQ(nnx.Module):
         """
         return _equation(self._effective_cell(advance=False), x)
 
+    def effective_cell(self) -> nnx.Module:
+        """The cell as a call of the layer has it: with normalised weights, if it has such.
+
+        All else in it, random streams say, is the layer's own.
+        """
+        return self._effective_cell(advance=False)
+
     def _effective_cell(self, *, advance: bool) -> nnx.Module:
         """The cell with effective weights; its other variables are the layer's own."""
         if self.normalization is None:

@@ -86,3 +86,17 @@ def test_the_stability_guide_runs():
     np.testing.assert_allclose(names["found"].radius, radius, rtol=0.01)
     norms = [((params * slope) ** 2).sum() for slope in slopes]
     np.testing.assert_allclose(names["size"], norms, rtol=0.5)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_guide_to_sequences_runs():
+    guide = (ROOT / "docs" / "sequences.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    names = {}
+    exec(compile(block, "docs/sequences.md", "exec"), names)
+    assert names["stats"].converged.all()
+    parts = jnp.concatenate([names["first"], names["second"]], 1)
+    np.testing.assert_allclose(parts, names["logits"], atol=0.05)
+    whole = jnp.concatenate([names["tokens"], names["made"].tokens], 1)
+    logits = names["model"](whole)[:, 23:-1]
+    np.testing.assert_allclose(names["made"].logits, logits, atol=0.05)

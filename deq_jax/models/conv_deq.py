@@ -157,6 +157,10 @@ class ConvDEQ(_ImageClassifier):
         logits = self.classify(z.astype(injection.dtype))
         return (logits, stats) if return_stats else logits
 
+    def zeros(self, injection: jax.Array) -> jax.Array:
+        """The state that a solve starts from unless there is a learned start."""
+        return jnp.zeros_like(injection)
+
     def start(self, injection: jax.Array) -> jax.Array | None:
         """The learned start of the solve, like `injection`; None without one."""
         if self.initializer is None:
