@@ -1,11 +1,9 @@
 """Presets and command line of `experiments.image_classification`."""
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 
-import tyro
-
+from experiments.common.presets import parse_with_presets
 from experiments.image_config import Config
 
 _TUTORIAL = Config(
@@ -28,23 +26,5 @@ PRESETS: dict[str, Config] = {"digits": Config(), "mnist": _SMALLER, "cifar10": 
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
-    """Reads the command line; `--preset` chooses the defaults of the other flags.
-
-    Args:
-        arguments: the command line without the program; None for that of the process.
-
-    Raises:
-        SystemExit: after `--help`, or with code 2 after a message that names a bad flag.
-    """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--preset", default="digits")
-    try:
-        preset = early.parse_known_args(arguments)[0].preset
-    except argparse.ArgumentError:
-        # `--preset` without a value: tyro says so below.
-        preset = "digits"
-    # An unknown preset is left to tyro as well, which lists those there are.
-    default = PRESETS.get(preset, PRESETS["digits"])
-    return tyro.cli(
-        Config, prog="python -m experiments.image_classification", default=default, args=arguments
-    )
+    """Reads the command line, see `parse_with_presets`."""
+    return parse_with_presets(PRESETS, "digits", "experiments.image_classification", arguments)

@@ -12,12 +12,12 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from experiments.common.errors import ExperimentError, MissingExtraError
-from experiments.common.sources import default_data_dir
+from experiments.common.errors import ExperimentError, MissingExtraError, UsageError
+from experiments.common.prepared import default_data_dir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Config:
     """What to prepare and where.
 
     Attributes:
-        name: data set.
+        name: name of a data set of TensorFlow Datasets: mnist, cifar10, tiny_shakespeare, ...
         data_dir: folder of prepared data sets. None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
     """
 
-    name: Annotated[Literal["mnist", "cifar10"], tyro.conf.Positional]
+    name: Annotated[str, tyro.conf.Positional]
     data_dir: Path | None = None
 
 
@@ -38,6 +38,7 @@ def prepare(config: Config) -> Path:
 
     Raises:
         MissingExtraError: TensorFlow is not installed.
+        UsageError: TensorFlow Datasets has no data set of this name.
     """
     if importlib.util.find_spec("tensorflow") is None:
         raise MissingExtraError(
@@ -48,7 +49,11 @@ def prepare(config: Config) -> Path:
 
     # By this and not by the `tfds` command line, which imports Apache Beam as well.
     data_dir = config.data_dir or default_data_dir()
-    builder = tfds.builder(config.name, data_dir=data_dir, file_format="array_record")
+    try:
+        builder = tfds.builder(config.name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        # Its message lists hundreds of names.
+        raise UsageError(f"TensorFlow Datasets has no data set named {config.name}") from error
     builder.download_and_prepare()
     return Path(builder.data_dir)
 

@@ -7,14 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from experiments.common import remedies
+from experiments.common.remedies import KEEP_SMALL, LEARN_SLOWER
+
 _CLOSE_TO_TOLERANCE = 3.0
 """A mean residual within this factor of the tolerance is called close to it."""
-
-_KEEP_SMALL = (
-    "train with --jacobian-weight or --normalization (weight or spectral), which keep the cell's "
-    "Jacobian small; --pretrain-steps is a gentler start"
-)
-_LEARN_SLOWER = "train with a smaller --learning-rate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +61,8 @@ def of_record(
     prefix: str = "",
     tolerances: Mapping[str, float | None] | None = None,
     approximate: bool = False,
+    solver: str | None = None,
+    backward_solver: str | None = None,
 ) -> list[Trouble]:
     """Troubles that a metrics record shows.
 
@@ -75,16 +74,19 @@ def of_record(
         tolerances: of the solves, under `forward` and `backward`, where known.
         approximate: the gradient is `OneStep` or `Neumann`, which solves nothing backwards: its
             report is what was neglected and never says converged.
+        solver: `--solver` of the run; None: not known, and advice is for any.
+        backward_solver: likewise.
     """
     figures = {name: _known(record.get(prefix + name)) for name in _NAMES}
     tolerances = tolerances or {}
-    forward = _forward(figures, limits, tolerances.get("forward"))
+    forward = _forward(figures, limits, tolerances.get("forward"), solver)
     backward = _backward(
         figures,
         limits,
         tolerances.get("backward"),
         approximate=approximate,
         founded=not forward,
+        solver=backward_solver,
     )
     return forward + backward
 
@@ -94,8 +96,18 @@ def of_spectrum(
     error: np.ndarray,
     converged: np.ndarray,
     limits: Limits = Limits(),
+    *,
+    solver: str | None = None,
 ) -> list[Trouble]:
-    """Troubles that spectral radii show; arguments as the fields of `SpectralRadius`, `[B]`."""
+    """Troubles that spectral radii show.
+
+    Args:
+        radius: as the field of `SpectralRadius`, `[B]`.
+        error: likewise.
+        converged: likewise.
+        limits: from where on a figure means trouble.
+        solver: `--solver` of the run; None: not known, and advice is for any.
+    """
     radius, error, converged = np.asarray(radius), np.asarray(error), np.asarray(converged, bool)
     known = np.isfinite(radius)
     troubles = []
@@ -110,10 +122,9 @@ def of_spectrum(
                     "The cell does not contract",
                     f"{above} of {known.sum()} samples have a spectral radius above 1 ({extent})",
                     (
-                        "--solver broyden, which copes with a radius above 1; newton_krylov does "
-                        "too, but may stall on cells with ReLU. Picard cannot, anderson often can",
-                        _KEEP_SMALL,
-                        _LEARN_SLOWER,
+                        *remedies.expansion(solver),
+                        KEEP_SMALL,
+                        LEARN_SLOWER,
                         "not --gradient one_step, neumann or phantom, which need a radius below 1",
                     ),
                 )
@@ -127,10 +138,7 @@ def of_spectrum(
                     "The cell hardly contracts",
                     f"the spectral radius is close to 1 ({extent}): picard would take {pace} "
                     "evaluations for each further digit",
-                    (
-                        "keep --solver anderson or broyden; with anderson a longer --history",
-                        _KEEP_SMALL,
-                    ),
+                    (remedies.slowness(solver), KEEP_SMALL),
                 )
             )
     unknown = int((~known | ~converged).sum())
@@ -145,7 +153,7 @@ def of_spectrum(
                     "read the error bars before the values",
                     "put the forward solve right first: away from a solution the radius says little"
                     if not broken
-                    else _LEARN_SLOWER,
+                    else LEARN_SLOWER,
                 ),
             )
         )
@@ -182,7 +190,7 @@ def of_budget(
                 f"keep the solver and its {trained} evaluations for this network, which has "
                 "learned what they come to and not the equilibrium",
                 "train with a larger --max-iter or a tighter --tol",
-                _KEEP_SMALL,
+                KEEP_SMALL,
             ),
         )
     ]
@@ -206,28 +214,19 @@ def _known(value: Any) -> float | None:
 
 
 def _forward(
-    figures: Mapping[str, float | None], limits: Limits, tol: float | None
+    figures: Mapping[str, float | None], limits: Limits, tol: float | None, solver: str | None
 ) -> list[Trouble]:
-    troubles = _diverged(
-        figures,
-        limits,
-        "forward",
-        (
-            _LEARN_SLOWER,
-            "a damped solver: --mixing 0.5 with anderson, --damping 0.5 with picard",
-            _KEEP_SMALL,
-        ),
-    )
+    smaller_steps = (LEARN_SLOWER, remedies.damping(solver), KEEP_SMALL)
+    troubles = _diverged(figures, limits, "forward", smaller_steps)
     converged, mean = figures["forward_converged"], figures["forward_residual_mean"]
     if converged is None or converged >= limits.converged:
         return troubles
     advice = [
         "raise --max-iter, if residuals still fall when it is used up",
-        "--solver broyden, which copes with a spectral radius above 1; newton_krylov does too, but "
-        "may stall on cells with ReLU",
-        "with anderson: --mixing below 1, such as 0.5, or a longer --history",
-        _KEEP_SMALL,
-        _LEARN_SLOWER,
+        *remedies.expansion(solver),
+        *remedies.tuning(solver),
+        KEEP_SMALL,
+        LEARN_SLOWER,
     ]
     if _is_close(mean, tol):
         advice.insert(0, f"a looser --tol than {tol:g}, since the residual is close to it")
@@ -242,21 +241,24 @@ def _backward(
     *,
     approximate: bool,
     founded: bool,
+    solver: str | None,
 ) -> list[Trouble]:
     first = () if founded else ("put the forward solve right first",)
     to_exact = "--gradient implicit, which solves for the gradient"
-    to_gmres = "--backward-solver gmres, which does not need a spectral radius below 1"
-    solves = (to_exact,) if approximate else (to_gmres,)
-    troubles = _diverged(figures, limits, "backward", (*first, *solves, _LEARN_SLOWER))
+    to_gmres = ("--backward-solver gmres, which does not need a spectral radius below 1",)
+    if solver == "gmres":
+        to_gmres = ()
+    solves = (to_exact,) if approximate else to_gmres
+    troubles = _diverged(figures, limits, "backward", (*first, *solves, LEARN_SLOWER))
     converged, mean = figures["backward_converged"], figures["backward_residual_mean"]
     few = not approximate and converged is not None and converged < limits.converged
     if not few and (mean is None or mean <= limits.backward_residual):
         return troubles
     if approximate:
         evidence = f"the part of the gradient that is neglected: {_residuals(figures, 'backward')}"
-        advice = (*first, to_exact, "with neumann: more --gradient-steps", _KEEP_SMALL)
+        advice = (*first, to_exact, "with neumann: more --gradient-steps", KEEP_SMALL)
         return [*troubles, Trouble("Gradients are rough", evidence, advice)]
-    advice = (*first, to_gmres, "raise --backward-max-iter", _KEEP_SMALL, _LEARN_SLOWER)
+    advice = (*first, *to_gmres, "raise --backward-max-iter", KEEP_SMALL, LEARN_SLOWER)
     if _is_close(mean, tol):
         advice = (f"a looser --backward-tol than {tol:g}, since the residual is close", *advice)
     return [*troubles, Trouble("Gradients are inexact", _evidence(figures, "backward"), advice)]

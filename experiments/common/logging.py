@@ -130,6 +130,8 @@ def epoch_line(record: Record) -> str:
             loss, accuracy = record[f"{split}_loss"], record[f"{split}_accuracy"]
             extra = f" + {record[f'{split}_extra']:.4f}" if f"{split}_extra" in record else ""
             parts.append(f"{split} loss {loss:.4f}{extra} accuracy {accuracy:.4f}")
+            if f"{split}_bits_per_character" in record:
+                parts[-1] += f" bits a character {record[f'{split}_bits_per_character']:.3f}"
     for solve in ("forward", "backward"):
         if f"{solve}_evaluations" in record:
             parts.append(

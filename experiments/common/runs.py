@@ -36,6 +36,7 @@ class RunDirectory:
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.result = self.path / "result.json"
+        self.vocabulary = self.path / "vocabulary.json"
         self.curves = self.path / "curves.png"
         self.residuals = self.path / "residuals.png"
         self.checkpoints = self.path / "checkpoints"
@@ -47,6 +48,7 @@ class RunDirectory:
         *,
         irrelevant: frozenset[str] = frozenset(),
         environment: Mapping[str, Any] | None = None,
+        script: str | None = None,
         fresh: bool = False,
     ) -> None:
         """Starts a run here or checks that the one here has the same settings.
@@ -55,10 +57,12 @@ class RunDirectory:
             config: the settings, anything that JSON can hold.
             irrelevant: settings that do not change the result, which need not agree.
             environment: recorded next to the settings of a new run; need not agree.
+            script: name of the script that the run is of, recorded likewise; None for none.
             fresh: delete the run that is here; only its own files go.
 
         Raises:
-            RunMismatchError: the run here has other settings; the message names them.
+            RunMismatchError: the run here is of another script or has other settings; the message
+                names them.
         """
         if fresh:
             self._delete()
@@ -69,9 +73,18 @@ class RunDirectory:
             # who corrects a flag that was refused does not meet the refused one again.
             self._delete()
             document = {"config": config, "environment": dict(environment or {})}
+            if script is not None:
+                document = {"script": script, **document}
             write_atomically(self.config, json.dumps(document, indent=2) + "\n")
             return
-        earlier = json.loads(self.config.read_text(encoding="utf-8"))["config"]
+        document = json.loads(self.config.read_text(encoding="utf-8"))
+        # Runs from before scripts were recorded have no name of one.
+        if script is not None and document.get("script", script) != script:
+            raise RunMismatchError(
+                f"{self.path} holds a run of experiments.{document['script']}, not of "
+                f"experiments.{script}. Start over with --fresh, or choose another --run-dir"
+            )
+        earlier = document["config"]
         differing = [
             f"{flag_of(name)} was {earlier.get(name, _ABSENT)}, is now {config.get(name, _ABSENT)}"
             for name in sorted(earlier.keys() | config.keys())
@@ -105,5 +118,5 @@ class RunDirectory:
         for folder in (self.checkpoints, self.tensorboard):
             if folder.exists():
                 shutil.rmtree(folder)
-        for file in (self.metrics, self.curves, self.residuals, self.config):
+        for file in (self.metrics, self.curves, self.residuals, self.vocabulary, self.config):
             file.unlink(missing_ok=True)

@@ -7,13 +7,13 @@ array_record format, which are read without TensorFlow.
 import dataclasses
 import io
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
 import tqdm
 
-from experiments.common.errors import DatasetNotFoundError
+from experiments.common.prepared import default_data_dir as default_data_dir
+from experiments.common.prepared import open_prepared
 from experiments.common.splits import fixed_split
 
 DIGITS_TEST_FRACTION = 0.2
@@ -39,11 +39,6 @@ class Images:
     def take(self, indices: np.ndarray) -> "Images":
         """The examples at `indices`, in that order."""
         return Images(self.images[indices], self.labels[indices])
-
-
-def default_data_dir() -> pathlib.Path:
-    """Where TensorFlow Datasets keeps its data: `$TFDS_DATA_DIR` or `~/tensorflow_datasets`."""
-    return pathlib.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
 
 
 class Digits:
@@ -81,8 +76,7 @@ class PreparedFolder:
     def __init__(self, name: str, data_dir: str | os.PathLike[str] | None, progress: bool) -> None:
         self._name = name
         self._progress = progress
-        self._data_dir = default_data_dir() if data_dir is None else pathlib.Path(data_dir)
-        self._builder = self._open()
+        self._builder = open_prepared(name, data_dir, {"train", "test"})
         self._records: dict[str, list[Any]] = {}
         self.num_classes = int(self._builder.info.features["label"].num_classes)
 
@@ -122,47 +116,6 @@ class PreparedFolder:
                 )
             ]
         return self._records[split]
-
-    def _open(self) -> Any:
-        try:
-            import tensorflow_datasets as tfds
-        except ImportError as error:
-            raise DatasetNotFoundError(
-                f"{self._name} is read with tensorflow_datasets, which cannot be imported "
-                f"({error}); install it with\n    pip install -e '.[experiments]'"
-            ) from error
-        # The folder is opened by its path: `tfds.data_source` would start to download when the
-        # data are missing.
-        folders = [info.parent for info in self._data_dir.glob(f"{self._name}/*/dataset_info.json")]
-        if not folders:
-            raise self._not_found(f"there is no prepared data set in {self._data_dir / self._name}")
-        folder = max(folders, key=lambda path: _version(path.name))
-        builder = tfds.builder_from_directory(folder)
-        if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-            raise self._not_found(
-                f"{folder} is in the format {builder.info.file_format.value}, "
-                "which cannot be read without TensorFlow"
-            )
-        absent = {"train", "test"} - set(builder.info.splits)
-        files = [
-            pathlib.Path(file) for split in builder.info.splits.values() for file in split.filepaths
-        ]
-        if absent or not all(file.is_file() for file in files):
-            raise self._not_found(f"{folder} is incomplete")
-        return builder
-
-    def _not_found(self, problem: str) -> DatasetNotFoundError:
-        return DatasetNotFoundError(
-            f"cannot read {self._name}: {problem}. Name the folder that holds it with --data-dir, "
-            "or prepare it (this downloads it and needs TensorFlow) with\n"
-            "    pip install -e '.[prepare]'\n"
-            f"    python -m experiments.prepare_data {self._name} --data-dir {self._data_dir}"
-        )
-
-
-def _version(name: str) -> tuple[int, ...]:
-    """The name of a version's folder in an order that puts 3.0.10 after 3.0.9."""
-    return tuple(int(part) if part.isdecimal() else -1 for part in name.split("."))
 
 
 def _decode(encoded: bytes) -> np.ndarray:

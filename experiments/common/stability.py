@@ -61,7 +61,7 @@ class StabilityConfig:
             geometrically, in --tol-stages of equal length. None: --tol throughout.
         tol_stages: see there.
         eval_max_iter: budget of the solver in evaluation. None: --max-iter.
-        kernel_std: standard deviation of the cell's initial kernels.
+        kernel_std: standard deviation of the cell's initial kernels. None: what the cell chooses.
         warn_converged: say so if a smaller share of the samples converges, forwards or backwards.
     """
 
@@ -85,7 +85,7 @@ class StabilityConfig:
     first_tol: float | None = None
     tol_stages: int = 4
     eval_max_iter: int | None = None
-    kernel_std: float = 0.01
+    kernel_std: float | None = 0.01
     warn_converged: float = 0.5
 
     def check_stability(self, max_iter: int, tol: float) -> None:
@@ -140,7 +140,7 @@ class StabilityConfig:
         return None
 
     def _changed(self, name: str) -> bool:
-        return getattr(self, name) != StabilityConfig.__dataclass_fields__[name].default
+        return getattr(self, name) != type(self).__dataclass_fields__[name].default
 
     def _demand(self, name: str, is_good: Any, allowed: str) -> None:
         value = getattr(self, name)

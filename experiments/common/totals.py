@@ -129,20 +129,22 @@ class Totals(NamedTuple):
 
         Args:
             loss: sum of the losses of the examples that count.
-            correct: `[B]` boolean.
-            counts: `[B]` boolean, the examples that count.
+            correct: `[B]` boolean; `[B, L]` where an example is a position of a sequence.
+            counts: likewise, the examples that count. The solve of a sequence counts if one of its
+                positions does.
             forward: statistics of the forward solve; None if there was none.
             backward: report of the backward solve; None if there was none.
             extra: sum of what was added to the losses.
         """
+        solved = counts.reshape(counts.shape[0], -1).any(1)
         return self._replace(
             batches=self.batches + 1,
             examples=self.examples + _count(counts),
             loss=self.loss + loss,
             extra=self.extra + extra,
             correct=self.correct + _count(correct & counts),
-            forward=self.forward if forward is None else self.forward.add(forward, counts),
-            backward=self.backward if backward is None else self.backward.add(backward, counts),
+            forward=self.forward if forward is None else self.forward.add(forward, solved),
+            backward=self.backward if backward is None else self.backward.add(backward, solved),
         )
 
     def note_step(self, step: jax.Array, finite: jax.Array) -> "Totals":

@@ -1,18 +1,20 @@
-"""How the solver of a trained network converges on given images, forward and backward."""
+"""How the solver of a trained network converges on given inputs, forward and backward."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 
 from deq_jax import Implicit, Solver, solve_adjoint, solve_fixed_point
-from deq_jax.models.conv_deq import ConvDEQ
+from experiments.common.objective import EquilibriumModel, cross_entropy
+
+PyTree = Any
 
 
 def residual_traces(
-    model: ConvDEQ, images: jax.Array, labels: jax.Array
+    model: EquilibriumModel, inputs: PyTree, targets: jax.Array
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Residuals at each evaluation of the forward and, where it keeps a trace, the backward solve.
 
@@ -21,8 +23,8 @@ def residual_traces(
 
     Args:
         model: the network in evaluation mode; left as it is.
-        images: `[B, H, W, C]` float32 in [0, 1].
-        labels: `[B]` int32.
+        inputs: what the network takes, `[B, ...]`.
+        targets: `[B]` int32, or `[B, L]`.
 
     Returns:
         Residuals `[max_iter, B]`, NaN after a sample's stop, and tolerances, each under `forward`
@@ -40,16 +42,16 @@ def residual_traces(
     execution = dataclasses.replace(core.execution, shard_axis=None, shrink_to=None)
 
     @jax.jit
-    def solve_both(state, images, labels):
+    def solve_both(state, inputs, targets):
         def loss_of(z):
-            logits = nnx.merge(definition, state, copy=True).classify(z)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+            return cross_entropy(nnx.merge(definition, state, copy=True).classify(z), targets)
 
         network = nnx.merge(definition, state, copy=True)
-        injection = network.injection(images)
+        injection = network.injection(inputs)
         equation, start = network.core.equation(injection), network.start(injection)
         z, stats = solve_fixed_point(*equation, start, solver=solver, execution=execution)
-        z = z.astype(injection.dtype)
+        like = network.zeros(injection)
+        z = jax.tree.map(lambda leaf, model: leaf.astype(model.dtype), z, like)
         if backward is None:
             return (stats.trace,)
         # The gradient of the loss at the equilibrium is where a backward pass starts.
@@ -60,7 +62,7 @@ def residual_traces(
 
     # Named outside of jit, which would put the names into alphabetical order.
     names = ("forward", "backward")
-    traces = jax.device_get(solve_both(state, images, labels))
+    traces = jax.device_get(solve_both(state, inputs, targets))
     tolerances = (solver.tol, getattr(backward, "tol", None))
     count = len(traces)
     return dict(zip(names[:count], traces, strict=True)), dict(

@@ -1,7 +1,7 @@
-"""The training step and the evaluation of a classifier, as pure functions of split NNX state."""
+"""The training step and the evaluation of a network, as pure functions of split NNX state."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from deq_jax import BackwardProbe
+from deq_jax.models.sequence import Segment
 from experiments.common import devices
-from experiments.common.data import Images
 from experiments.common.objective import Objective
 from experiments.common.stability import Phase
 from experiments.common.totals import Totals
@@ -24,15 +24,22 @@ StopRequested = Callable[[], bool]
 
 
 class Batch(NamedTuple):
-    """Images and labels of one step.
+    """Examples of one step, as they are kept in memory.
 
     Attributes:
-        images: `[B, H, W, C]` uint8.
-        labels: `[B]` int32.
+        inputs: `[B, ...]`: images `[B, H, W, C]` uint8, or tokens `[B, L]` int32.
+        targets: `[B]` int32 classes, or `[B, L]` where each position is to predict one.
+        first: boolean `[B]`: the sequence begins here, and what is in memory is of another. None
+            where nothing is carried from batch to batch.
     """
 
-    images: np.ndarray | jax.Array
-    labels: np.ndarray | jax.Array
+    inputs: np.ndarray | jax.Array
+    targets: np.ndarray | jax.Array
+    first: np.ndarray | jax.Array | None = None
+
+
+CountedBatch = tuple[Batch, np.ndarray]
+"""A batch, and which of its targets count, booleans of their shape."""
 
 
 class TrainState(NamedTuple):
@@ -44,6 +51,7 @@ class TrainState(NamedTuple):
         optimizer_state: state of the optax optimiser.
         step: int32, steps taken.
         totals: sums over the epoch so far.
+        memory: of the segments before, for a sequence model that has some; else None.
     """
 
     params: PyTree
@@ -51,6 +59,7 @@ class TrainState(NamedTuple):
     optimizer_state: PyTree
     step: jax.Array
     totals: Totals
+    memory: PyTree = None
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -63,9 +72,20 @@ def split_model(model: nnx.Module) -> tuple[Any, PyTree, PyTree]:
     return definition, nnx.as_pure(params), nnx.as_pure(rest)
 
 
-def cosine_schedule(learning_rate: float, final: float, steps: int) -> optax.Schedule:
-    """Cosine decay per step from `learning_rate` to `final` at step `steps`."""
-    return optax.cosine_decay_schedule(learning_rate, steps, alpha=final / learning_rate)
+def cosine_schedule(
+    learning_rate: float, final: float, steps: int, warmup: int = 0
+) -> optax.Schedule:
+    """Cosine decay per step from `learning_rate` to `final` at step `steps`.
+
+    Before it, in the first `warmup` of the steps, the rate rises linearly from almost 0.
+    """
+    decay = optax.cosine_decay_schedule(
+        learning_rate, max(1, steps - warmup), alpha=final / learning_rate
+    )
+    if not warmup:
+        return decay
+    rise = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup)
+    return optax.join_schedules([rise, decay], [warmup])
 
 
 def initial_state(
@@ -75,6 +95,7 @@ def initial_state(
     *,
     solves: bool,
     probes: bool,
+    memory: PyTree = None,
 ) -> TrainState:
     """The state before the first step; `solves` and `probes` as for `make_train_step`."""
     return TrainState(
@@ -83,19 +104,38 @@ def initial_state(
         optimizer_state=optimizer.init(params),
         step=jnp.zeros((), jnp.int32),
         totals=Totals.zeros(solves=solves, gradients=probes),
+        memory=memory,
     )
 
 
-def to_float(images: jax.Array, white: int) -> jax.Array:
-    """Images as float32 with `white` scaled to 1."""
-    return images.astype(jnp.float32) / white
+def unchanged(inputs: jax.Array) -> jax.Array:
+    """For networks that take what is kept in memory as it is."""
+    return inputs
+
+
+def _given(
+    prepare: Callable[[jax.Array], jax.Array], batch: Batch, memory: PyTree
+) -> jax.Array | Segment:
+    """What the network is called with."""
+    inputs = prepare(batch.inputs)
+    if memory is None:
+        return inputs
+    if batch.first is not None:
+        # Zeros are the memory of nothing, for every kind of memory.
+        first = batch.first
+
+        def cleared(leaf: jax.Array) -> jax.Array:
+            return jnp.where(first.reshape(first.shape + (1,) * (leaf.ndim - 1)), 0, leaf)
+
+        memory = jax.tree.map(cleared, memory)
+    return Segment(inputs, memory)
 
 
 def make_train_step(
     definition: Any,
     optimizer: optax.GradientTransformation,
     *,
-    white: int,
+    prepare: Callable[[jax.Array], jax.Array] = unchanged,
     objective: Objective,
     phase: Phase | None,
     probes: bool,
@@ -110,7 +150,7 @@ def make_train_step(
     Args:
         definition: the model's definition in training mode, from `split_model`.
         optimizer: the optimiser.
-        white: pixel value that becomes 1.
+        prepare: makes of a batch's inputs what the network takes.
         objective: the loss.
         phase: how its layer is solved, as it is in `definition`; None for a model without a solver.
         probes: its gradient is one that can report on its backward solve.
@@ -121,17 +161,17 @@ def make_train_step(
         batch. The state's totals remember the first step whose loss or gradient is not finite.
     """
 
-    def loss_of(params, probe, rest, batch, step):
+    def loss_of(params, probe, rest, memory, batch, step):
         # A copy: the batch statistics that the call updates are to be those of this trace level.
         model = nnx.merge(definition, params, rest, copy=True)
-        images = to_float(batch.images, white)
+        inputs = _given(prepare, batch, memory)
         if phase is None:
-            outcome = objective.plain(model, images, batch.labels)
+            outcome = objective.plain(model, inputs, batch.targets)
         else:
             outcome = objective(
                 model,
-                images,
-                batch.labels,
+                inputs,
+                batch.targets,
                 step=step,
                 sample_at=phase.sample_at,
                 sample_gradient=phase.sample_gradient,
@@ -141,18 +181,18 @@ def make_train_step(
         return outcome.loss + outcome.extra, (outcome, rest)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        size = batch.labels.shape[0]
-        probe = BackwardProbe.zeros(size) if probes else None
+        size = batch.targets.size
+        probe = BackwardProbe.zeros(batch.targets.shape[0]) if probes else None
         (loss, (outcome, rest)), (gradient, report) = jax.value_and_grad(
             loss_of, argnums=(0, 1), has_aux=True
-        )(state.params, probe, state.rest, batch, state.step)
+        )(state.params, probe, state.rest, state.memory, batch, state.step)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
-        correct = outcome.logits.argmax(-1) == batch.labels
+        correct = outcome.logits.argmax(-1) == batch.targets
         counted = phase is not None and phase.reports
         totals = state.totals.add(
             outcome.loss * size,
             correct,
-            jnp.ones(size, bool),
+            jnp.ones(batch.targets.shape, bool),
             outcome.stats if counted else None,
             report,
             extra=outcome.extra * size,
@@ -164,85 +204,94 @@ def make_train_step(
             optimizer_state=optimizer_state,
             step=state.step + 1,
             totals=totals,
+            memory=outcome.memory,
         )
         return state, {"loss": outcome.loss, "accuracy": correct.mean()}
 
     return devices.jit(train_step, ("same", "batch"), mesh)
 
 
-def phased(
-    make: Callable[[Phase | None], TrainStep], phase_at: Callable[[int], Phase | None]
-) -> NumberedTrainStep:
+class Phased:
     """A training step that is another compiled function in each phase.
+
+    `train_step(state, batch, number)`; the choice is made in Python, by `number`.
 
     Args:
         make: the step of a phase; called once for each phase that comes up.
         phase_at: number of a step -> its phase.
-
-    Returns:
-        `train_step(state, batch, number)`. The choice is made in Python, by `number`.
     """
-    made = functools.cache(make)
-    return lambda state, batch, number: made(phase_at(number))(state, batch)
+
+    def __init__(
+        self, make: Callable[[Phase | None], TrainStep], phase_at: Callable[[int], Phase | None]
+    ):
+        self._make = functools.cache(make)
+        self._phase_at = phase_at
+
+    def __call__(self, state: TrainState, batch: Batch, number: int) -> tuple[TrainState, Metrics]:
+        """Takes the step with that number."""
+        return self.compiled(number)(state, batch)
+
+    def compiled(self, number: int) -> TrainStep:
+        """The jitted function of the step with that number."""
+        return self._make(self._phase_at(number))
 
 
 class Evaluator:
     """Loss and accuracy over a whole split, each example counted exactly once.
 
-    The last batch is filled up with repeated examples that do not count, so that one compiled
-    function serves all batches. They repeat examples of the same batch: a sample's solve does not
-    depend on its batch mates, hence even the batch's number of evaluations stays what it was.
-
     Args:
         definition: the model's definition in evaluation mode, from `split_model`.
-        white: pixel value that becomes 1.
+        prepare: makes of a batch's inputs what the network takes.
         solves: the model is a DEQ and returns statistics of its solve.
-        batch_size: examples in a batch.
-        mesh: devices over which the batch is split; their number divides `batch_size`.
+        memory: `memory(size)` is the memory before the first of a split's batches, of that size;
+            None for a model without memory.
+        mesh: devices over which the batches are split; their number divides the size of each.
     """
 
     def __init__(
         self,
         definition: Any,
         *,
-        white: int,
+        prepare: Callable[[jax.Array], jax.Array] = unchanged,
         solves: bool,
-        batch_size: int,
+        memory: Callable[[int], PyTree] = lambda size: None,
         mesh: Mesh | None = None,
     ):
-        self._batch_size = batch_size
-        self._devices = 1 if mesh is None else mesh.size
         self._solves = solves
+        self._memory = memory
 
-        def evaluate_batch(totals, params, rest, batch, counts):
+        def evaluate_batch(carry, params, rest, batch, counts):
+            totals, memory = carry
             model = nnx.merge(definition, params, rest, copy=True)
-            images = to_float(batch.images, white)
-            stats = None
-            if solves:
-                logits, stats = model(images, return_stats=True)
-            else:
-                logits = model(images)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+            options = {"return_stats": True} if solves else {}
+            if memory is not None:
+                options["return_memory"] = True
+            returned = model(_given(prepare, batch, memory), **options)
+            returned = list(returned) if options else [returned]
+            logits = returned.pop(0)
+            stats = returned.pop(0) if solves else None
+            memory = returned.pop() if returned else None
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
             loss = jnp.where(counts, losses, 0).sum()
-            correct = logits.argmax(-1) == batch.labels
-            return totals.add(loss, correct, counts, stats, None)
+            correct = logits.argmax(-1) == batch.targets
+            return totals.add(loss, correct, counts, stats, None), memory
 
         arguments = ("same", "same", "same", "batch", "batch")
         self._evaluate_batch = devices.jit(evaluate_batch, arguments, mesh)
 
     def __call__(
-        self, state: TrainState, examples: Images, stop: StopRequested = lambda: False
+        self,
+        state: TrainState,
+        batches: Iterable[CountedBatch],
+        stop: StopRequested = lambda: False,
     ) -> Totals | None:
-        """Totals over `examples`; None if `stop` asked to give up on the way."""
-        totals = Totals.zeros(solves=self._solves, gradients=False)
-        size = min(self._batch_size, len(examples))
-        size += -size % self._devices
-        for start in range(0, len(examples), size):
+        """Totals over the batches, all of one size; None if `stop` asked to give up on the way."""
+        totals, memory = Totals.zeros(solves=self._solves, gradients=False), None
+        for number, (batch, counts) in enumerate(batches):
             if stop():
                 return None
-            count = min(size, len(examples) - start)
-            taken = examples.take(start + np.arange(size) % count)
-            batch = Batch(taken.images, taken.labels)
-            counts = np.arange(size) < count
-            totals = self._evaluate_batch(totals, state.params, state.rest, batch, counts)
+            if number == 0:
+                memory = self._memory(len(batch.inputs))
+            carry = totals, memory
+            totals, memory = self._evaluate_batch(carry, state.params, state.rest, batch, counts)
         return jax.device_get(totals)

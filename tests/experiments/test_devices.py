@@ -19,6 +19,7 @@ from experiments import image_classification as script
 from experiments.common.checkpoints import Checkpoints
 from experiments.common.data import load_dataset
 from experiments.common.traces import residual_traces
+from experiments.image_experiment import prepare
 from experiments.image_presets import parse
 from tests.conftest import CACHE
 from tests.experiments.conftest import TINY
@@ -27,7 +28,7 @@ from tests.reference import relative_error
 
 def experiment(*flags):
     config = parse([*TINY, "--train-examples=50", "--eval-batch-size=10", *flags])
-    return script.prepare(config, load_dataset("digits", train_examples=50))
+    return prepare(config, load_dataset("digits", train_examples=50))
 
 
 def evaluate(parts, state, count):
@@ -35,7 +36,7 @@ def evaluate(parts, state, count):
     dataset = parts.dataset
     evaluation = dataset.evaluation.take(np.arange(count))
     few = dataclasses.replace(dataset, evaluation=evaluation)
-    return script.prepare(parts.config, few).task.evaluate(state, lambda: False)
+    return prepare(parts.config, few).task.evaluate(state, lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,7 @@ def test_precision(precision):
     assert 1e-5 < relative_error(got, gradient) < 0.3
     assert state.totals.forward.converged == 10
 
-    images = jnp.asarray(np.float32(batch.images) / np.float32(16))
-    traces, _ = residual_traces(parts.model, images, jnp.asarray(batch.labels))
+    images = jnp.asarray(np.float32(batch.inputs) / np.float32(16))
+    traces, _ = residual_traces(parts.model, images, jnp.asarray(batch.targets))
     assert np.nanmin(traces["forward"], 0).max() <= 0.1
     assert np.nanmin(traces["backward"], 0).max() <= 0.5

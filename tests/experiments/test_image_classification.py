@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import sys
 
@@ -10,9 +11,11 @@ from flax import nnx
 from deq_jax import BackwardProbe
 from experiments import image_classification as script
 from experiments.common import training
+from experiments.common.checkpoints import Checkpoints
 from experiments.common.data import load_dataset
 from experiments.common.sources import Images
 from experiments.common.traces import residual_traces
+from experiments.image_experiment import counted_batches, prepare, to_float
 from experiments.image_presets import parse
 from tests.experiments.conftest import TINY
 
@@ -31,7 +34,7 @@ def run(capsys, *flags):
 def experiment(**changes):
     config = dataclasses.replace(TINY_CONFIG, **changes)
     dataset = load_dataset(config.preset, train_examples=config.train_examples, seed=config.seed)
-    return script.prepare(config, dataset)
+    return prepare(config, dataset)
 
 
 def test_learns_digits(tmp_path, capsys):
@@ -119,13 +122,12 @@ def test_evaluation_counts_each_example_once():
     parts = experiment(train_examples=50)
     # 23 examples in batches of 10: the last batch holds 3, of which each is repeated.
     examples = parts.dataset.evaluation.take(np.arange(23))
-    evaluator = training.Evaluator(
-        parts.evaluation_definition, white=16, solves=True, batch_size=10
-    )
+    prepare_images = functools.partial(to_float, white=16)
+    evaluator = training.Evaluator(parts.evaluation_definition, prepare=prepare_images, solves=True)
     # Statistics that differ from those of any batch, so that using the batch's would show.
     rest = jax.tree.map(lambda leaf: leaf + 0.3, parts.state.rest)
     state = parts.state._replace(rest=rest)
-    totals = evaluator(state, examples)
+    totals = evaluator(state, counted_batches(examples, 10))
 
     model = nnx.merge(parts.evaluation_definition, state.params, rest, copy=True)
     loss, correct, evaluations = 0.0, 0, []
@@ -149,18 +151,17 @@ def test_evaluation_counts_each_example_once():
 
 def test_evaluation_stops_when_asked():
     parts = experiment(train_examples=50)
-    evaluator = training.Evaluator(
-        parts.evaluation_definition, white=16, solves=True, batch_size=10
-    )
+    prepare_images = functools.partial(to_float, white=16)
+    evaluator = training.Evaluator(parts.evaluation_definition, prepare=prepare_images, solves=True)
     empty = Images(np.zeros((10, 8, 8, 1), np.uint8), np.zeros(10, np.int32))
-    assert evaluator(parts.state, empty, lambda: True) is None
+    assert evaluator(parts.state, counted_batches(empty, 10), lambda: True) is None
 
 
 def test_training_updates_parameters_and_batch_statistics():
     parts = experiment(train_examples=50)
     before = jax.device_get(parts.state)
     batch = next(parts.task.batches(0, 0))
-    assert batch.images.shape == (10, 8, 8, 1)
+    assert batch.inputs.shape == (10, 8, 8, 1)
     state, metrics = parts.task.train_step(parts.state, batch, 0)
     assert int(state.step) == 1
     assert int(state.totals.examples) == 10
@@ -174,12 +175,12 @@ def test_totals_are_those_of_the_reports():
     parts = experiment(train_examples=50, tol=0.02, max_iter=8)
     definition, params, rest = training.split_model(parts.model)
     batch = next(parts.task.batches(0, 0))
-    images = jax.numpy.asarray(np.float32(batch.images) / np.float32(16))
+    images = jax.numpy.asarray(np.float32(batch.inputs) / np.float32(16))
 
     def loss_of(probe):
         model = nnx.merge(definition, params, rest, copy=True)
         logits, stats = model(images, return_stats=True, backward_probe=probe)
-        chosen = jax.nn.log_softmax(logits)[np.arange(10), batch.labels]
+        chosen = jax.nn.log_softmax(logits)[np.arange(10), batch.targets]
         return -chosen.mean(), stats
 
     report, stats = jax.jit(jax.grad(loss_of, has_aux=True))(BackwardProbe.zeros(10))
@@ -202,8 +203,8 @@ def test_batches_go_on_at_any_position():
     assert len(whole) == 5
     assert len(rest) == 3
     for one, other in zip(whole[2:], rest, strict=True):
-        np.testing.assert_array_equal(one.images, other.images)
-    labels = np.concatenate([batch.labels for batch in whole])
+        np.testing.assert_array_equal(one.inputs, other.inputs)
+    labels = np.concatenate([batch.targets for batch in whole])
     np.testing.assert_array_equal(np.bincount(labels), np.bincount(parts.dataset.train.labels))
 
 
@@ -213,7 +214,7 @@ def test_non_finite_loss_ends_the_run_and_is_not_saved(tmp_path, capsys):
     assert code == 1
     assert "became NaN or infinite in epoch 1, step " in complaint
     parts = experiment(learning_rate=1e30)
-    with script.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         restored = checkpoints.restore(parts.state)
     if restored is not None:
         assert int(restored[0].totals.failed_step) == -1
@@ -259,7 +260,7 @@ def test_residual_traces_are_those_of_the_solves(changes):
     parts = experiment(train_examples=50, **changes)
     model = nnx.merge(parts.evaluation_definition, parts.state.params, parts.state.rest, copy=True)
     examples = parts.dataset.evaluation.take(np.arange(5))
-    images = training.to_float(jax.numpy.asarray(examples.images), 16)
+    images = to_float(jax.numpy.asarray(examples.images), 16)
     _, stats = model(images, return_stats=True)
     traces, tolerances = residual_traces(model, images, jax.numpy.asarray(examples.labels))
     assert list(traces) == ["forward", "backward"]

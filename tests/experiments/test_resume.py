@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import image_classification as script
 from experiments.common.checkpoints import Checkpoints
 from experiments.common.data import load_dataset
 from experiments.common.logging import Reporter
 from experiments.common.loop import Progress, Trainer
 from experiments.common.runs import RunDirectory
+from experiments.common.script import resume
 from experiments.common.signals import GracefulStop
+from experiments.image_experiment import prepare
 from experiments.image_presets import parse
 from tests.conftest import CACHE
 from tests.experiments.conftest import TINY
@@ -70,7 +71,7 @@ def newest(run_dir):
 def restore(run_dir):
     """The newest checkpoint: `[(name, array)]` and the progress."""
     config = parse([*TINY, f"--epochs={EPOCHS}"])
-    template = script.prepare(config, load_dataset("digits", train_examples=200)).state
+    template = prepare(config, load_dataset("digits", train_examples=200)).state
     with Checkpoints(run_dir / "checkpoints") as checkpoints:
         state, progress = checkpoints.restore(template)
     return jax.tree_util.tree_leaves_with_path(state), progress
@@ -136,7 +137,7 @@ def train():
     """`train(folder, stop)` trains on from the newest checkpoint; returns the state or None."""
     with jax.numpy_dtype_promotion("standard"):
         config = parse([*TINY, "--train-examples=40", "--eval-batch-size=400"])
-        experiment = script.prepare(config, load_dataset("digits", train_examples=40))
+        experiment = prepare(config, load_dataset("digits", train_examples=40))
     initial = jax.device_get(experiment.state)
 
     def train(run_dir, stop):
@@ -146,7 +147,7 @@ def train():
         run_dir.mkdir(exist_ok=True)
         with Checkpoints(directory.checkpoints) as checkpoints:
             trainer = Trainer(fresh.task, checkpoints, Reporter(directory), stop, 1e9, False)
-            state, progress = script.resume(fresh, checkpoints)
+            state, progress = resume(fresh, checkpoints)
             return trainer.run(state, progress), progress
 
     return train

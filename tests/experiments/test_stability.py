@@ -14,11 +14,15 @@ from deq_jax.stability import jacobian_frobenius
 from experiments import image_classification as script
 from experiments.common import objective, training
 from experiments.common.advice import Trouble
+from experiments.common.checkpoints import Checkpoints
 from experiments.common.data import load_dataset
+from experiments.common.experiment import definition_of
 from experiments.common.logging import Reporter
+from experiments.common.loop import Trainer
 from experiments.common.runs import RunDirectory
+from experiments.common.script import resume
 from experiments.common.stability import Schedule, StabilityConfig
-from experiments.image_experiment import definition_of, prepare
+from experiments.image_experiment import prepare, to_float
 from experiments.image_presets import parse
 from tests.experiments.conftest import TINY
 from tests.experiments.test_resume import StopAfter
@@ -105,8 +109,8 @@ def parts(*flags):
 
 def first_batch(experiment):
     batch = next(experiment.task.batches(0, 0))
-    images = training.to_float(jnp.asarray(batch.images), experiment.dataset.white)
-    return images, jnp.asarray(batch.labels)
+    images = to_float(jnp.asarray(batch.inputs), experiment.dataset.white)
+    return images, jnp.asarray(batch.targets)
 
 
 def test_the_loss_is_its_parts():
@@ -197,11 +201,11 @@ def test_all_of_it_resumes_bit_for_bit(everything, tmp_path):
         fresh = dataclasses.replace(everything, state=jax.tree.map(jnp.array, initial))
         directory = RunDirectory(folder)
         folder.mkdir(exist_ok=True)
-        with script.Checkpoints(directory.checkpoints) as checkpoints:
+        with Checkpoints(directory.checkpoints) as checkpoints:
             reporter = Reporter(directory)
             stop = StopAfter(questions)
-            trainer = script.Trainer(fresh.task, checkpoints, reporter, stop, 1e9, False)
-            state, progress = script.resume(fresh, checkpoints)
+            trainer = Trainer(fresh.task, checkpoints, reporter, stop, 1e9, False)
+            state, progress = resume(fresh, checkpoints)
             return trainer.run(state, progress), progress
 
     expected, whole = train(tmp_path / "whole", 1000)
