@@ -1,4 +1,4 @@
-"""Looks at the solves of a network trained by `experiments.image_classification`.
+"""Looks at the solves of a network trained by any of the scripts, on images or on sequences.
 
     python -m experiments.diagnose --run runs/digits
 
@@ -11,33 +11,33 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from flax import nnx
 
 from deq_jax import Execution, Solver
 from deq_jax.models.conv_deq import count_parameters
 from experiments.common import advice
+from experiments.common.config import TrainingConfig
 from experiments.common.errors import ExperimentError, UsageError
 from experiments.common.runs import flag_of, write_atomically
-from experiments.common.splits import fixed_split
 from experiments.common.studies import machine
 from experiments.common.traces import residual_traces
-from experiments.common.training import to_float
-from experiments.diagnosis import confidence, figures, measure
+from experiments.diagnosis import confidence, figures, images, measure, sequences
 from experiments.diagnosis.page import Report, render
-from experiments.diagnosis.run import Run, read_run
-from experiments.image_config import Config
+from experiments.trained import Run, read_run
 
 _TRACED = 64
-"""Images whose residuals are drawn."""
+"""Examples whose residuals are drawn."""
 
-_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship")
-_CLASSES = {"cifar10": (*_CIFAR10, "truck")}
-"""Names of classes, where they are not numbers."""
+_CHOOSE = {
+    "image_classification": images.choose,
+    "language_model": sequences.choose_text,
+    "copy_memory": sequences.choose_copies,
+}
+"""What chooses the examples to look at, for a run of each script."""
 
 T = TypeVar("T")
 
@@ -47,15 +47,15 @@ class Arguments:
     """Write a report on the solves of a trained network: residuals, spectra, warnings.
 
     Attributes:
-        run: folder of a run of experiments.image_classification.
+        run: folder of a run of experiments.image_classification, language_model or copy_memory.
         data_dir: folder of prepared data sets. None: that of the run.
-        images: look at so many images of those that the run is evaluated on.
+        examples: look at so many images, or sequences, of those that the run is evaluated on.
         output: folder for the report. None: diagnosis/ in the run's folder.
     """
 
     run: pathlib.Path
     data_dir: str | None = None
-    images: int = 256
+    examples: Annotated[int, tyro.conf.arg(aliases=["--images"])] = 256
     output: pathlib.Path | None = None
 
 
@@ -65,48 +65,43 @@ def diagnose(arguments: Arguments) -> pathlib.Path:
     Raises:
         ExperimentError: something the user can put right; the message says what.
     """
-    if arguments.images < 1:
-        raise UsageError(f"--images must be at least 1, got {arguments.images}")
-    run = _timed("read the run", lambda: read_run(arguments.run, arguments.data_dir))
-    experiment = run.experiment
-    config, dataset, state = experiment.config, experiment.dataset, experiment.state
-    model = nnx.merge(experiment.evaluation_definition, state.params, state.rest, copy=True)
-    numbers = _chosen(dataset.evaluation.labels, arguments.images)
-    examples = dataset.evaluation.take(numbers)
-    network = measure.Network(model, examples, dataset.white)
+    if arguments.examples < 1:
+        raise UsageError(f"--examples must be at least 1, got {arguments.examples}")
+    run = _timed("read the run", lambda: read_run(arguments.run, arguments.data_dir, _unfit))
+    config, model = run.experiment.config, run.model()
+    examples = _CHOOSE[run.script](run.experiment, arguments.examples)
+    words = examples.words
+    network = measure.Network(model, examples)
 
-    solves = _timed(f"solved {len(examples)} images", network.solves)
-    traced = examples.take(np.arange(min(_TRACED, len(examples))))
-    images = to_float(jnp.asarray(traced.images), dataset.white)
+    solves = _timed(f"solved {len(examples)} {words.many}", network.solves)
+    inputs, targets = (jnp.asarray(leaf[:_TRACED]) for leaf in (examples.inputs, examples.targets))
     traces, tolerances = _timed(
-        "traced residuals", lambda: residual_traces(model, images, jnp.asarray(traced.labels))
+        "traced residuals", lambda: residual_traces(model, examples.prepare(inputs), targets)
     )
     spectra = _timed("found spectra", lambda: network.spectra(solves.hardest_first()))
     budgets = _timed("tried other budgets", lambda: network.budgets(measure.BUDGETS))
-    judged = confidence.confidence(solves)
+    judged = confidence.confidence(solves, examples.good(solves))
     history = run.progress.history
     drawn = _timed(
         "drew figures",
         lambda: {
-            **figures.residuals(traces, tolerances),
+            **figures.residuals(traces, tolerances, words),
             **figures.evaluations(solves, network.solver.max_iter),
-            **figures.spectra(spectra),
-            **figures.budgets(budgets, config.tol),
-            **figures.confidence(solves, judged),
+            **figures.spectra(spectra, words),
+            **figures.budgets(budgets, config.tol, words),
+            **figures.confidence(solves, judged, words),
             **figures.epochs(history),
         },
     )
     report = Report(
         title=f"Diagnosis of {arguments.run}",
-        facts=_facts(run, network.solver, len(examples)),
+        script=run.script,
+        facts=_facts(run, network.solver, examples.facts),
         troubles=_troubles(run, solves, traces, spectra, budgets),
         examples=examples,
-        numbers=numbers,
-        white=dataset.white,
-        classes=_CLASSES.get(dataset.name, range(dataset.num_classes)),
         tol=config.tol,
         solves=solves,
-        traced=len(traced),
+        traced=len(inputs),
         spectra=spectra,
         budgets=budgets,
         confidence=judged,
@@ -125,29 +120,16 @@ def diagnose(arguments: Arguments) -> pathlib.Path:
     return output / "index.html"
 
 
-def _chosen(labels: np.ndarray, count: int) -> np.ndarray:
-    """Indices of a stratified subset, the same one for each run; all if there are no more."""
-    return np.arange(len(labels)) if count >= len(labels) else fixed_split(labels, count)[0]
-
-
-def _facts(run: Run, solver: Solver, count: int) -> dict[str, str]:
+def _facts(run: Run, solver: Solver, examples: Mapping[str, str]) -> dict[str, str]:
     experiment, progress = run.experiment, run.progress
-    config, dataset = experiment.config, experiment.dataset
-    core = experiment.model.core
+    config, core = experiment.config, experiment.model.core
     stability = (f"{flag_of(name)} {getattr(config, name)}" for name in config.changed())
-    split = dataset.evaluation_name
-    part = f"{count:,} of the {len(dataset.evaluation):,} {split} images"
-    if count < len(dataset.evaluation):
-        part += ", a stratified subset"
-    if split == "validation":
-        part += " (--validation-fraction: the test set is not looked at)"
     epochs = f"{progress.epoch} of {config.epochs}"
     if progress.position:
         epochs += f", and {progress.position} steps"
     facts = {
         "run": str(run.path),
-        "data": f"{dataset.name}, trained on {len(dataset.train):,} images",
-        "looked at": part,
+        **examples,
         "model": f"{config.model}, {count_parameters(experiment.model):,} parameters",
         "solver": repr(solver),
         "gradient": repr(core.gradient),
@@ -166,7 +148,7 @@ def _troubles(
     spectra: measure.Spectra,
     budgets: measure.Budgets,
 ) -> list[advice.Trouble]:
-    """Troubles with these images; where nothing was traced backwards, those of the newest epoch."""
+    """Troubles with the examples; where nothing was traced backwards, those of the newest epoch."""
     config, history = run.experiment.config, run.progress.history
     backward_tol = config.tol if config.backward_tol is None else config.backward_tol
     record = solves.record()
@@ -174,21 +156,34 @@ def _troubles(
     if "backward" in traces:
         record |= measure.backward_record(traces["backward"], backward_tol)
     limits = advice.Limits(converged=config.warn_converged)
-    found = advice.of_record(record, limits, tolerances=tolerances)
+    used = {"solver": config.solver, "backward_solver": config.backward_solver}
+    found = advice.of_record(record, limits, tolerances=tolerances, **used)
     if "backward" not in traces and history:
         newest = {name: value for name, value in history[-1].items() if "backward" in name}
         approximate = config.gradient in ("one_step", "neumann")
-        then = advice.of_record(newest, limits, tolerances=tolerances, approximate=approximate)
+        options = {"tolerances": tolerances, "approximate": approximate, **used}
+        then = advice.of_record(newest, limits, **options)
         when = f"in epoch {history[-1]['epoch']} of the training: "
         found += [
             dataclasses.replace(trouble, evidence=when + trouble.evidence) for trouble in then
         ]
-    found += advice.of_spectrum(spectra.radius, spectra.error, spectra.converged)
-    tried = (budgets.budgets, budgets.accuracy, budgets.trained, len(solves.labels))
+    radii = spectra.radius, spectra.error, spectra.converged
+    found += advice.of_spectrum(*radii, solver=config.solver)
+    tried = (budgets.budgets, budgets.accuracy, budgets.trained, solves.labels.size)
     return found + advice.of_budget(*tried)
 
 
-def _no_backward(config: Config) -> str:
+def _unfit(script: str, config: TrainingConfig) -> str:
+    """Why a run cannot be diagnosed; empty if it can."""
+    if config.is_deq:
+        return ""
+    return (
+        f"a control, --model {config.model}, which has no solver to diagnose; choose a run with "
+        "--model deq"
+    )
+
+
+def _no_backward(config: TrainingConfig) -> str:
     """Why there is no residual of a backward solve."""
     if config.gradient not in ("implicit", "shine"):
         return f"Nothing is solved backwards: --gradient {config.gradient}."

@@ -23,7 +23,9 @@ from experiments import image_classification
 from experiments.common.checkpoints import Checkpoints
 from experiments.common.data import load_dataset
 from experiments.common.runs import RunDirectory, write_atomically
+from experiments.common.script import resume
 from experiments.common.studies import DOCS, machine, markdown_head, markdown_row, write_below
+from experiments.diagnosis.images import ImageExamples
 from experiments.diagnosis.measure import Network
 from experiments.image_config import Config as Training
 from experiments.image_experiment import prepare
@@ -138,9 +140,9 @@ def evaluate(training: Training) -> Outcome:
     directory = RunDirectory(training.run_dir)
     experiment = prepare(training, dataset)
     with Checkpoints(directory.checkpoints) as checkpoints:
-        state, progress = image_classification.resume(experiment, checkpoints)
+        state, progress = resume(experiment, checkpoints)
     model = nnx.merge(experiment.evaluation_definition, state.params, state.rest, copy=True)
-    network = Network(model, dataset.evaluation, dataset.white)
+    network = Network(model, ImageExamples(dataset.evaluation, dataset.white))
     solves, budgets = network.solves(), network.budgets(BUDGETS)
     last = progress.history[-1]
     return Outcome(

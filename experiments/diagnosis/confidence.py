@@ -1,4 +1,4 @@
-"""Whether residual and evaluations tell right answers from wrong ones."""
+"""Whether residual and evaluations tell what went well from what went wrong."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,22 +8,20 @@ import numpy as np
 from experiments.diagnosis.measure import Solves
 
 ENOUGH = 10
-"""Mistakes, and right answers, below which no AUROC is worth telling."""
+"""Good ones, and bad ones, below which no AUROC is worth telling."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Confidence:
-    """Whether right answers can be told from wrong ones.
+    """Whether the examples that went well can be told from the others.
 
     Attributes:
-        correct: right answers.
-        wrong: wrong answers.
-        scores: `[N]` each, larger for what should be right.
-        auroc: of each score; empty where there are too few answers of a kind.
+        good: `[N]` boolean: it went well, as `Examples.good` has it.
+        scores: `[N]` each, larger for what should have gone well.
+        auroc: of each score; empty where there are too few examples of a kind.
     """
 
-    correct: int
-    wrong: int
+    good: np.ndarray
     scores: Mapping[str, np.ndarray]
     auroc: Mapping[str, float]
 
@@ -44,15 +42,18 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float(surplus / (count * (len(scores) - count)))
 
 
-def confidence(solves: Solves) -> Confidence:
-    """How well residual, evaluations and softmax tell right answers from wrong ones."""
+def confidence(solves: Solves, good: np.ndarray) -> Confidence:
+    """How well residual, evaluations and softmax tell what went well from the rest.
+
+    Args:
+        solves: the solves.
+        good: `[N]` boolean, from `Examples.good`.
+    """
     scores = {
         "softmax maximum": solves.softmax.astype(float),
         "-residual": -solves.residual.astype(float),
         "-evaluations": -solves.iterations.astype(float),
     }
-    correct = int(solves.correct.sum())
-    wrong = len(solves.labels) - correct
-    enough = min(correct, wrong) >= ENOUGH
-    found = {name: auroc(score, solves.correct) for name, score in scores.items() if enough}
-    return Confidence(correct, wrong, scores, found)
+    enough = min(good.sum(), (~good).sum()) >= ENOUGH
+    found = {name: auroc(score, good) for name, score in scores.items() if enough}
+    return Confidence(good, scores, found)

@@ -8,11 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.image import imsave
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from deq_jax.plotting import plot_iterations, plot_residuals, plot_spectrum
 from experiments.diagnosis.confidence import Confidence
+from experiments.diagnosis.examples import Words
 from experiments.diagnosis.measure import Budgets, Solves, Spectra
 
 Figures = dict[str, bytes]
@@ -26,7 +26,9 @@ _EPOCHS = {
 _SOLVES = ("forward", "backward", "validation_forward", "test_forward")
 
 
-def residuals(traces: Mapping[str, np.ndarray], tolerances: Mapping[str, float]) -> Figures:
+def residuals(
+    traces: Mapping[str, np.ndarray], tolerances: Mapping[str, float], words: Words
+) -> Figures:
     """Residual against evaluations, forward and, where there is one, backward."""
     figures = {}
     for name, trace in traces.items():
@@ -35,20 +37,21 @@ def residuals(traces: Mapping[str, np.ndarray], tolerances: Mapping[str, float])
         drawable = trace[:, np.isfinite(trace[0])]
         curves = {"median, best to worst": drawable} if drawable.size else {}
         left_out = trace.shape[1] - drawable.shape[1]
-        title = f"{name} solve, {drawable.shape[1]} images" + f", not {left_out}" * (left_out > 0)
+        title = f"{name} solve, {drawable.shape[1]} {words.many}"
+        title += f", not {left_out}" * (left_out > 0)
         plot_residuals(axes, curves, tol=tolerances.get(name) or None, title=title)
         figures[f"residuals_{name}"] = _png(figure)
     return figures
 
 
 def evaluations(solves: Solves, max_iter: int) -> Figures:
-    """How many images took how many evaluations."""
+    """How many examples took how many evaluations."""
     figure, axes = _panel()
     plot_iterations(axes, solves.iterations, max_iter=max_iter, title="forward solve")
     return {"evaluations": _png(figure)}
 
 
-def spectra(spectra: Spectra) -> Figures:
+def spectra(spectra: Spectra, words: Words) -> Figures:
     """Spectral radii with their errors, and Ritz values of some samples."""
     figures = {}
     known = np.isfinite(spectra.radius)
@@ -86,45 +89,48 @@ def spectra(spectra: Spectra) -> Figures:
 
     for name, values in spectra.values.items():
         figure, axes = _panel(width=4.0, height=3.8)
-        title = f"the {name} image"
+        title = f"the {name} {words.one}"
         plot_spectrum(axes, values, errors=spectra.errors[name], title=title)
         figures[f"spectrum_{name}"] = _png(figure)
     return figures
 
 
-def budgets(budgets: Budgets, tol: float) -> Figures:
-    """Accuracy, share of converged samples and residual against the budget."""
+def budgets(budgets: Budgets, tol: float, words: Words) -> Figures:
+    """Accuracy, share of converged samples, residual and maybe loss against the budget."""
     figures = {}
-    for name, curves, title in (
-        (
-            "budget_accuracy",
+    panels = {
+        "accuracy": (
             {"accuracy": budgets.accuracy, "converged": budgets.converged},
-            "accuracy and share of converged images",
+            f"accuracy and share of converged {words.many}",
         ),
-        ("budget_residual", {"mean residual": budgets.residual}, "mean relative residual"),
-    ):
+        "residual": ({"mean residual": budgets.residual}, "mean relative residual"),
+    }
+    if words.loss:
+        panels["loss"] = {"loss": budgets.loss}, f"loss, {words.loss}"
+    for name, (curves, title) in panels.items():
         figure, axes = _panel()
         for label, values in curves.items():
             axes.plot(budgets.budgets, values, marker=".", label=label)
         axes.axvline(budgets.trained, color="0.4", ls=":", lw=1, label="as in the run")
-        if name == "budget_residual":
+        if name == "residual":
             if tol > 0:
                 axes.axhline(tol, color="0.4", ls="--", lw=1, label="tolerance")
             _logarithmic(axes, budgets.residual)
-        else:
+        elif name == "accuracy":
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xscale("log")
         ticks = budgets.budgets[np.insert(np.diff(np.log(budgets.budgets)) > 0.3, 0, True)]
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         _finish(axes, "evaluations, at most", "", title)
-        figures[name] = _png(figure)
+        figures[f"budget_{name}"] = _png(figure)
     return figures
 
 
-def confidence(solves: Solves, confidence: Confidence) -> Figures:
-    """Residuals of right and wrong answers and, given enough of both, the curves behind AUROC."""
+def confidence(solves: Solves, confidence: Confidence, words: Words) -> Figures:
+    """Residuals of good and bad ones and, given enough of both, the curves behind AUROC."""
     figures = {}
+    good = confidence.good
     finite = np.isfinite(solves.residual) & (solves.residual > 0)
     figure, axes = _panel()
     shown = solves.residual[finite]
@@ -132,7 +138,7 @@ def confidence(solves: Solves, confidence: Confidence) -> Figures:
         # Both kinds in the same bins, and as shares: there are far more of the one.
         low, high = np.log10([shown.min() / 1.01, shown.max() * 1.01])
         bins = np.logspace(low, high, 25)
-        for chosen, label in ((solves.correct, "correct"), (~solves.correct, "wrong")):
+        for chosen, label in ((good, words.good), (~good, words.bad)):
             count = int((finite & chosen).sum())
             if count:
                 axes.hist(
@@ -140,11 +146,12 @@ def confidence(solves: Solves, confidence: Confidence) -> Figures:
                     bins=bins,
                     weights=np.full(count, 1 / count),
                     alpha=0.6,
-                    label=f"{label}, {count} images",
+                    label=f"{label}, {count} {words.many}",
                 )
         axes.set_xscale("log")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _finish(axes, "relative residual", "share of them", "residual of correct and wrong answers")
+    title = f"residual of {words.good} and {words.bad} {words.answers}"
+    _finish(axes, "relative residual", "share of them", title)
     figures["confidence_residual"] = _png(figure)
     if not confidence.auroc:
         return figures
@@ -154,12 +161,13 @@ def confidence(solves: Solves, confidence: Confidence) -> Figures:
         order = np.argsort(-np.nan_to_num(score, nan=-np.inf), kind="stable")
         # Only behind the last of equal scores: a threshold cannot stand between them.
         ends = np.append(np.diff(score[order]) != 0, True)
-        right = np.insert(np.cumsum(solves.correct[order])[ends], 0, 0)
-        wrong = np.insert(np.cumsum(~solves.correct[order])[ends], 0, 0)
+        well = np.insert(np.cumsum(good[order])[ends], 0, 0)
+        badly = np.insert(np.cumsum(~good[order])[ends], 0, 0)
         label = f"{name}: {confidence.auroc[name]:.2f}"
-        axes.plot(wrong / confidence.wrong, right / confidence.correct, label=label)
+        axes.plot(badly / badly[-1], well / well[-1], label=label)
     axes.plot([0, 1], [0, 1], color="0.4", ls="--", lw=1)
-    _finish(axes, "share of the wrong answers above", "of the correct ones", "ROC, with its area")
+    across = f"share of the {words.bad} {words.answers} above"
+    _finish(axes, across, f"of the {words.good} ones", "ROC, with its area")
     figures["confidence_roc"] = _png(figure)
     return figures
 
@@ -184,15 +192,6 @@ def epochs(history: Sequence[Mapping[str, Any]]) -> Figures:
         _finish(axes, "epoch", "", title)
         figures[name] = _png(figure)
     return figures
-
-
-def thumbnail(image: np.ndarray, white: int) -> bytes:
-    """A PNG of an image `[H, W, C]`, C 1 or 3, of values up to `white`."""
-    shade = np.clip(image / white, 0, 1)
-    buffer = io.BytesIO()
-    flat = shade.repeat(3, axis=2) if shade.shape[2] == 1 else shade
-    imsave(buffer, flat, format="png")
-    return buffer.getvalue()
 
 
 def _panel(width: float = 5.0, height: float = 3.5) -> tuple[Figure, Axes]:

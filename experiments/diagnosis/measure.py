@@ -7,18 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from deq_jax import Solver, Status
-from deq_jax.models.conv_deq import ConvDEQ
 from deq_jax.stability.spectrum import spectral_radius, spectrum
-from experiments.common.sources import Images
-from experiments.common.training import to_float
+from experiments.common.objective import EquilibriumModel
+from experiments.diagnosis.examples import Examples
 
 PyTree = Any
 
 BATCH = 32
-"""Images solved at once; also those whose spectral radius is taken."""
+"""Examples solved at once; also those whose spectral radius is taken."""
 
 BUDGETS = (1, 2, 3, 5, 8, 12, 18, 25, 50, 100)
 
@@ -28,12 +28,13 @@ _NEWTON_BUDGET = 25
 
 @dataclasses.dataclass(frozen=True)
 class Solves:
-    """The answers to all images, with the solver as it was trained.
+    """The answers to all examples, with the solver as it was trained.
 
     Attributes:
-        labels: `[N]`, true classes.
-        predicted: `[N]`, predicted classes.
-        softmax: `[N]`, the largest class probability.
+        labels: `[N]`, true classes; `[N, L]` where there are L answers to each example.
+        predicted: predicted classes, likewise.
+        softmax: `[N]`, the largest class probability, the mean of L.
+        loss: `[N]`, cross-entropy, the mean of L.
         residual: `[N]`, relative residual; infinite where no evaluation was finite.
         iterations: `[N]`, evaluations until the sample stopped.
         status: `[N]`, values of `Status`.
@@ -42,13 +43,14 @@ class Solves:
     labels: np.ndarray
     predicted: np.ndarray
     softmax: np.ndarray
+    loss: np.ndarray
     residual: np.ndarray
     iterations: np.ndarray
     status: np.ndarray
 
     @property
     def correct(self) -> np.ndarray:
-        """`[N]` boolean."""
+        """Boolean, shaped like `labels`."""
         return self.predicted == self.labels
 
     @property
@@ -74,13 +76,13 @@ class Solves:
 
 @dataclasses.dataclass(frozen=True)
 class Spectra:
-    """Eigenvalues of `∂f/∂z` at the answers to some images.
+    """Eigenvalues of `∂f/∂z` at the answers to some examples.
 
     Attributes:
         radius: `[n]`, spectral radius; NaN where the Jacobian is not finite.
         error: `[n]`, estimate of its error.
         converged: `[n]` boolean, the error is small.
-        looked_at: index of the images that Ritz values were computed for, under `slowest`,
+        looked_at: index of the examples that Ritz values were computed for, under `slowest`,
             `median` and `fastest`.
         values: their Ritz values, complex with NaN at the end.
         errors: residuals of these.
@@ -101,6 +103,7 @@ class Budgets:
     Attributes:
         budgets: `[n]`, `max_iter`.
         accuracy: `[n]`.
+        loss: `[n]`, mean of all; NaN if one is.
         converged: `[n]`, share of samples whose residual is at most the trained tolerance.
         residual: `[n]`, mean of the finite residuals; NaN if there is none.
         trained: `max_iter` that the run is evaluated with.
@@ -108,33 +111,32 @@ class Budgets:
 
     budgets: np.ndarray
     accuracy: np.ndarray
+    loss: np.ndarray
     converged: np.ndarray
     residual: np.ndarray
     trained: int
 
 
 class Network:
-    """A trained network and the images that it is looked at with.
+    """A trained network and the examples that it is looked at with.
 
     Args:
         model: the network in evaluation mode; left as it is.
-        examples: the images.
-        white: pixel value that becomes 1.
+        examples: the examples.
     """
 
-    def __init__(self, model: ConvDEQ, examples: Images, white: int):
+    def __init__(self, model: EquilibriumModel, examples: Examples):
         self.solver = model.core.solver
         self._definition, self._state = nnx.split(model)
         self._examples = examples
-        self._white = white
         self._answer = self._answering(self.solver)
 
     def solves(self) -> Solves:
-        """The answers to all images."""
+        """The answers to all examples."""
         return self._all(self._answer)
 
     def budgets(self, budgets: Sequence[int]) -> Budgets:
-        """Solves all images with each budget, and with that of the run.
+        """Solves all examples with each budget, and with that of the run.
 
         The tolerance is 0, so that each solve uses its whole budget: it shows what a closer look
         at the equilibrium would change. All else of the solver stays.
@@ -148,11 +150,12 @@ class Network:
             solves = self._all(self._answering(solver))
             within = solves.residual <= self.solver.tol
             mean = solves.record()["forward_residual_mean"]
-            rows.append((budget, solves.correct.mean(), within.mean(), mean))
+            accuracy, loss = solves.correct.mean(), solves.loss.mean()
+            rows.append((budget, accuracy, loss, within.mean(), mean))
         return Budgets(*map(np.array, zip(*rows, strict=True)), trained=self.solver.max_iter)
 
     def spectra(self, hardest_first: np.ndarray, count: int = BATCH, *, seed: int = 0) -> Spectra:
-        """Eigenvalues at the answers to `count` images from the hardest to the easiest.
+        """Eigenvalues at the answers to `count` examples from the hardest to the easiest.
 
         Args:
             hardest_first: from `Solves.hardest_first`.
@@ -164,22 +167,23 @@ class Network:
         key = jax.random.key(seed)
 
         @jax.jit
-        def radii(state: PyTree, images: jax.Array, z: jax.Array) -> PyTree:
-            f, params, x = self._equation(state, images)
-            return spectral_radius(f, params, z.astype(x.dtype), x, key)
+        def radii(state: PyTree, inputs: jax.Array, z: PyTree) -> PyTree:
+            f, params, x = self._equation(state, inputs)
+            return spectral_radius(f, params, z, x, key)
 
         @jax.jit
-        def ritz(state: PyTree, images: jax.Array, z: jax.Array) -> PyTree:
-            f, params, x = self._equation(state, images)
-            return spectrum(f, params, z.astype(x.dtype), x, key)
+        def ritz(state: PyTree, inputs: jax.Array, z: PyTree) -> PyTree:
+            f, params, x = self._equation(state, inputs)
+            return spectrum(f, params, z, x, key)
 
-        images = jnp.asarray(self._examples.images[chosen])
-        z = self._answer(self._state, images)[0]
-        found = jax.device_get(radii(self._state, images, z))
-        # With one image or two, these are the same.
+        inputs, targets = self._taken(chosen)
+        z = self._answer(self._state, inputs, targets)[0]
+        found = jax.device_get(radii(self._state, inputs, z))
+        # With one example or two, these are the same.
         rows = {"slowest": 0, "median": len(chosen) // 2, "fastest": len(chosen) - 1}
         few = np.array(list(rows.values()))
-        values, errors = jax.device_get(ritz(self._state, images[few], z[few]))
+        inputs, z = jax.tree.map(lambda leaf: leaf[few], (inputs, z))
+        values, errors = jax.device_get(ritz(self._state, inputs, z))
         return Spectra(
             radius=found.radius,
             error=found.error,
@@ -189,37 +193,45 @@ class Network:
             errors=dict(zip(rows, errors, strict=True)),
         )
 
-    def _equation(self, state: PyTree, images: jax.Array) -> tuple[Any, PyTree, PyTree]:
+    def _equation(self, state: PyTree, inputs: jax.Array) -> tuple[Any, PyTree, PyTree]:
         model = nnx.merge(self._definition, state, copy=True)
-        return model.core.equation(model.injection(to_float(images, self._white)))
+        return model.core.equation(model.injection(self._examples.prepare(inputs)))
 
-    def _answering(self, solver: Solver) -> Callable[[PyTree, jax.Array], PyTree]:
-        """A jitted function from images to z and the fields of `Solves` that are not labels."""
+    def _answering(self, solver: Solver) -> Callable[[PyTree, jax.Array, jax.Array], PyTree]:
+        """A jitted function from inputs and targets to z and the fields of `Solves` but labels."""
+        asked = self._examples.asked
 
         @jax.jit
-        def answer(state: PyTree, images: jax.Array) -> PyTree:
+        def answer(state: PyTree, inputs: jax.Array, targets: jax.Array) -> PyTree:
             model = nnx.merge(self._definition, state, copy=True)
             model.core.solver = solver
-            injection = model.injection(to_float(images, self._white))
+            injection = model.injection(self._examples.prepare(inputs))
             z, stats = model.core(injection, model.start(injection), return_stats=True)
-            logits = model.classify(z.astype(injection.dtype))
+            # The state may have been solved for in another precision.
+            like = model.zeros(injection)
+            z = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), z, like)
+            logits, labels = asked(model.classify(z)), asked(targets)
             softmax = jax.nn.softmax(logits).max(-1)
-            solved = (stats.residual, stats.iterations, stats.status)
-            return z, (logits.argmax(-1), softmax, *solved)
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            means = (leaf.reshape(leaf.shape[0], -1).mean(1) for leaf in (softmax, loss))
+            return z, (logits.argmax(-1), *means, stats.residual, stats.iterations, stats.status)
 
         return answer
 
-    def _all(self, answer: Callable[[PyTree, jax.Array], PyTree]) -> Solves:
-        images, labels = self._examples.images, self._examples.labels
-        size = min(BATCH, len(images))
+    def _taken(self, rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        examples = self._examples
+        return jnp.asarray(examples.inputs[rows]), jnp.asarray(examples.targets[rows])
+
+    def _all(self, answer: Callable[[PyTree, jax.Array, jax.Array], PyTree]) -> Solves:
+        count = len(self._examples)
+        size = min(BATCH, count)
         parts = []
-        for start in range(0, len(images), size):
-            # The last batch is filled up with repeated images, so that one program serves all.
-            rows = start + np.arange(size) % (len(images) - start)
-            taken = jnp.asarray(images[rows])
-            parts.append(jax.device_get(answer(self._state, taken)[1]))
-        fields = (np.concatenate(field)[: len(images)] for field in zip(*parts, strict=True))
-        return Solves(labels, *fields)
+        for start in range(0, count, size):
+            # The last batch is filled up with repeated examples, so that one program serves all.
+            rows = start + np.arange(size) % (count - start)
+            parts.append(jax.device_get(answer(self._state, *self._taken(rows))[1]))
+        fields = (np.concatenate(field)[:count] for field in zip(*parts, strict=True))
+        return Solves(self._examples.asked(self._examples.targets), *fields)
 
 
 def backward_record(trace: np.ndarray, tol: float) -> dict[str, float]:

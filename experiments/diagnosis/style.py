@@ -30,6 +30,9 @@ nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 16px 0 0; font-size
 .gallery { display: grid; gap: 14px 12px; margin: 8px 0;
   grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); }
 figure { margin: 0; font-size: 0.8rem; line-height: 1.35; }
+.texts { grid-template-columns: repeat(auto-fill, minmax(min(100%, 260px), 1fr)); }
+.sequence { margin: 0 0 4px; padding: 6px 8px; white-space: pre-wrap; background: var(--tint);
+  font: 12px/1.4 ui-monospace, "DejaVu Sans Mono", monospace; }
 .thumbnail { display: block; width: 84px; height: 84px; margin-bottom: 4px;
   image-rendering: pixelated; border: 1px solid var(--line); }
 .good, .right { color: var(--good); }

@@ -3,12 +3,14 @@
 import dataclasses
 import math
 import re
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from experiments.common import advice
 from experiments.common.advice import Limits, Trouble
+from experiments.common.config import SolverName
 from experiments.image_config import Config
 
 GOOD = {
@@ -100,11 +102,10 @@ def test_approximate_gradients_are_judged_by_what_they_neglect():
     assert trouble.advice[0].startswith("--gradient implicit")
 
 
-def spectrum(radius, error=0.0, converged=True):
+def spectrum(radius, error=0.0, converged=True, solver=None):
     radius = np.asarray(radius, float)
-    return advice.of_spectrum(
-        radius, np.broadcast_to(error, radius.shape), np.broadcast_to(converged, radius.shape)
-    )
+    error, converged = (np.broadcast_to(one, radius.shape) for one in (error, converged))
+    return advice.of_spectrum(radius, error, converged, solver=solver)
 
 
 def test_spectra_that_do_not_contract():
@@ -149,12 +150,39 @@ def test_text():
     assert advice.text(trouble) == "warning: title\n    evidence\n    try: one\n    try: two"
 
 
-def everything():
+def everything(solver=None):
     bad = {name: 1.0 if name.endswith(("_diverged", "_mean")) else 0.0 for name in GOOD}
-    troubles = advice.of_record(bad, tolerances={"forward": 1.0, "backward": 1.0})
-    troubles += advice.of_record(bad, approximate=True)
-    troubles += spectrum([2.0]) + spectrum([0.99]) + spectrum([np.nan]) + spectrum([0.5], 1, False)
+    tolerances = {"forward": 1.0, "backward": 1.0}
+    troubles = advice.of_record(bad, tolerances=tolerances, solver=solver)
+    troubles += advice.of_record(bad, approximate=True, solver=solver)
+    for radius, error, converged in ((2.0, 0, True), (0.99, 0, True), (np.nan, 0, True)):
+        troubles += spectrum([radius], error, converged, solver)
+    troubles += spectrum([0.5], 1, False, solver)
     return troubles + advice.of_budget((1, 2), (0.9, 0.1), 1, 100)
+
+
+@pytest.mark.parametrize("solver", get_args(SolverName))
+def test_nobody_is_told_to_switch_to_what_is_in_use(solver):
+    others = {name for name in get_args(SolverName) if name != solver}
+    troubles = everything(solver=solver)
+    advice_texts = [words for trouble in troubles for words in trouble.advice]
+    for words in advice_texts:
+        assert f"--solver {solver}" not in words or words.startswith("keep ")
+        # What belongs to another solver alone is said to be that one's.
+        for flag, owner in (("--mixing", "anderson"), ("--damping", "picard")):
+            if flag in words and solver in ("anderson", "picard"):
+                assert owner == solver
+    named = {name for name in others if any(name in words for words in advice_texts)}
+    assert named or solver == "broyden"
+    assert len(everything(solver=solver)) == len(everything())
+
+
+def test_gmres_is_not_advised_where_it_is_used():
+    (trouble,) = advice.of_record(GOOD | {"backward_converged": 0.0})
+    assert trouble.advice[0].startswith("--backward-solver gmres")
+    record = GOOD | {"backward_converged": 0.0}
+    (known,) = advice.of_record(record, backward_solver="gmres", solver="anderson")
+    assert known.advice == trouble.advice[1:]
 
 
 def test_flags_that_are_named_exist():
@@ -168,7 +196,8 @@ def test_flags_that_are_named_exist():
 
 
 def test_wording_is_plain():
-    for trouble in everything():
+    solvers = (None, *get_args(SolverName))
+    for trouble in [one for solver in solvers for one in everything(solver)]:
         for words in (trouble.title, trouble.evidence, *trouble.advice):
             assert words == words.strip()
             assert "!" not in words

@@ -9,16 +9,16 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from experiments import diagnose as script
 from experiments import image_classification
 from experiments.common.advice import Trouble
 from experiments.common.data import load_dataset
 from experiments.diagnosis import confidence, measure
-from experiments.diagnosis import run as source
+from experiments.diagnosis.images import ImageExamples
 from experiments.diagnosis.page import render
 from experiments.image_presets import parse
+from experiments.trained import read_run
 from tests.experiments.conftest import TINY
 
 PNG = b"\x89PNG"
@@ -107,15 +107,14 @@ def test_report_of_a_run(trained, tmp_path, capsys, monkeypatch):
     assert len(embedded) == len(beside) + 24  # twelve images each
 
     (report,) = reports
-    restored = source.read_run(run)
-    labels = restored.experiment.dataset.evaluation.labels
-    np.testing.assert_array_equal(labels[report.numbers], report.examples.labels)
-    np.testing.assert_array_equal(np.bincount(report.examples.labels), [4] * 10)
+    restored = read_run(run)
+    evaluation = restored.experiment.dataset.evaluation
+    np.testing.assert_array_equal(
+        evaluation.labels[report.examples.numbers], report.examples.targets
+    )
+    np.testing.assert_array_equal(np.bincount(report.examples.targets), [4] * 10)
     # The weights are those that the training evaluated at its end.
-    experiment = restored.experiment
-    weights = (experiment.state.params, experiment.state.rest)
-    model = nnx.merge(experiment.evaluation_definition, *weights, copy=True)
-    solves = measure.Network(model, experiment.dataset.evaluation, 16).solves()
+    solves = measure.Network(restored.model(), ImageExamples(evaluation, 16)).solves()
     result = json.loads((trained / "result.json").read_text())
     assert solves.correct.mean() == pytest.approx(result["validation_accuracy"])
     for name, value in solves.record().items():
@@ -123,13 +122,14 @@ def test_report_of_a_run(trained, tmp_path, capsys, monkeypatch):
     assert list(report.budgets.budgets) == [2, 6, 12]
 
     troubles = [Trouble("<script>", "1 < 2 & 3", ("raise --max-iter <n>",))]
-    page = Page(render(dataclasses.replace(report, troubles=troubles, classes=["<i>"] * 10)))
+    named = dataclasses.replace(report.examples, classes=["<i>"] * 10)
+    page = Page(render(dataclasses.replace(report, troubles=troubles, examples=named)))
     for text in ("<script>", "1 < 2 & 3", "--max-iter <n>", "true <i>"):
         assert text in page.text.replace("\n", "")
     assert not page.tags & {"script", "i"}
     page = Page(render(dataclasses.replace(report, troubles=[])))
     assert "Nothing to worry about." in page.text
-    judged = confidence.Confidence(31, 9, {}, {})
+    judged = confidence.Confidence(np.arange(40) < 31, {}, {})
     page = Page(render(dataclasses.replace(report, confidence=judged)))
     assert "31 of 40 answers are right, 9 wrong. That is not enough mistakes" in page.text
 
@@ -172,7 +172,7 @@ def test_runs_that_cannot_be_diagnosed(tmp_path, capsys):
     mnist = settings(tmp_path / "mnist", preset="mnist", pool=7)
     message = complaint(capsys, f"--run={mnist}", "--data-dir=absent")
     assert "prepare_data mnist --data-dir absent" in message
-    assert "--images must be at least 1, got 0" in complaint(capsys, "--run=any", "--images=0")
+    assert "--examples must be at least 1, got 0" in complaint(capsys, "--run=any", "--images=0")
     with pytest.raises(SystemExit) as stopped:
         script.main(["--images=3"])
     assert stopped.value.code == 2
@@ -192,5 +192,5 @@ def test_runs_that_do_not_fit(trained, tmp_path, capsys, monkeypatch):
         dataset.train.images[0, 0, 0, 0] ^= 1
         return dataset
 
-    monkeypatch.setattr(source, "load_dataset", changed)
+    monkeypatch.setattr(image_classification, "load_dataset", changed)
     assert "was trained on other data" in complaint(capsys, f"--run={trained}")

@@ -9,7 +9,7 @@ import pytest
 
 from deq_jax import Anderson, Status
 from experiments.common.data import load_dataset
-from experiments.diagnosis import confidence, figures, measure
+from experiments.diagnosis import confidence, figures, images, measure
 from experiments.image_experiment import build_model
 from experiments.image_presets import parse
 from tests.experiments.conftest import TINY
@@ -25,8 +25,8 @@ def network(count, scale=1.0, **changes):
     model.eval()
     for convolution in (model.core.cell.conv1, model.core.cell.conv2):
         convolution.kernel[...] = scale * convolution.kernel[...]
-    examples = dataset.evaluation.take(np.arange(count))
-    return model, examples, jnp.asarray(np.float32(examples.images) / np.float32(16))
+    examples = images.ImageExamples(dataset.evaluation.take(np.arange(count)), 16)
+    return model, examples, jnp.asarray(np.float32(examples.inputs) / np.float32(16))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -49,20 +49,24 @@ def solves_of(correct, residual=None):
         labels=np.ones(count, int),
         predicted=np.asarray(correct, int),
         softmax=np.linspace(1.0, 0.5, count),
+        loss=np.linspace(0.5, 1.0, count),
         residual=residual,
         iterations=np.arange(1, count + 1),
         status=np.where(np.isfinite(residual), Status.CONVERGED, Status.DIVERGED),
     )
 
 
+def judged(solves):
+    return confidence.confidence(solves, solves.correct)
+
+
 def test_confidence_needs_enough_of_both_kinds():
     # The residuals ascend, so that all right answers have a lower one than all wrong ones.
-    found = confidence.confidence(solves_of([True] * 30 + [False] * 10))
-    assert (found.correct, found.wrong) == (30, 10)
+    found = judged(solves_of([True] * 30 + [False] * 10))
     assert found.auroc == {"softmax maximum": 1.0, "-residual": 1.0, "-evaluations": 1.0}
-    assert confidence.confidence(solves_of([False] * 10 + [True] * 30)).auroc["-residual"] == 0.0
-    assert confidence.confidence(solves_of([True] * 30 + [False] * 9)).auroc == {}
-    assert confidence.confidence(solves_of([False] * 30 + [True] * 9)).auroc == {}
+    assert judged(solves_of([False] * 10 + [True] * 30)).auroc["-residual"] == 0.0
+    assert judged(solves_of([True] * 30 + [False] * 9)).auroc == {}
+    assert judged(solves_of([False] * 30 + [True] * 9)).auroc == {}
 
 
 def test_order_of_the_images():
@@ -70,6 +74,7 @@ def test_order_of_the_images():
         labels=np.zeros(5, int),
         predicted=np.zeros(5, int),
         softmax=np.ones(5),
+        loss=np.ones(5),
         residual=np.array([0.01, np.inf, 0.5, 0.02, 0.4]),
         iterations=np.array([4, 2, 9, 4, 9]),
         status=np.array([0, 2, 1, 0, 1]),
@@ -99,13 +104,13 @@ def test_backward_record():
 @pytest.mark.parametrize("tools", [{}, {"normalization": "weight", "start": "learned"}])
 def test_solves_and_budgets_are_those_of_direct_solves(tools):
     # 40 images are a full batch and one that has to be filled up.
-    model, examples, images = network(40, scale=2.0, tol=0.01, max_iter=9, **tools)
-    looked_at = measure.Network(model, examples, 16)
-    logits, stats = model(images, return_stats=True)
+    model, examples, pixels = network(40, scale=2.0, tol=0.01, max_iter=9, **tools)
+    looked_at = measure.Network(model, examples)
+    logits, stats = model(pixels, return_stats=True)
     solves = looked_at.solves()
     assert 0 < solves.converged.sum() < 40 or tools
     assert len(set(solves.iterations)) > 1
-    np.testing.assert_array_equal(solves.labels, examples.labels)
+    np.testing.assert_array_equal(solves.labels, examples.targets)
     np.testing.assert_array_equal(solves.iterations, stats.iterations)
     np.testing.assert_array_equal(solves.status, stats.status)
     np.testing.assert_allclose(solves.residual, stats.residual, rtol=1e-3)
@@ -113,16 +118,18 @@ def test_solves_and_budgets_are_those_of_direct_solves(tools):
     shares = exponentials / exponentials.sum(1, keepdims=True)
     np.testing.assert_array_equal(solves.predicted, shares.argmax(1))
     np.testing.assert_allclose(solves.softmax, shares.max(1), rtol=1e-4)
+    true = shares[np.arange(40), examples.targets]
+    np.testing.assert_allclose(solves.loss, -np.log(true), rtol=1e-4)
 
     budgets = looked_at.budgets((2, 12))
     np.testing.assert_array_equal(budgets.budgets, [2, 9, 12])
     assert budgets.trained == 9
     for row, budget in enumerate(budgets.budgets):
         model.core.solver = Anderson(tol=0.0, max_iter=int(budget))
-        logits, stats = model(images, return_stats=True)
+        logits, stats = model(pixels, return_stats=True)
         assert int(stats.evaluations) == budget
         residual = np.float64(stats.residual)
-        right = np.asarray(logits).argmax(1) == examples.labels
+        right = np.asarray(logits).argmax(1) == examples.targets
         assert budgets.accuracy[row] == right.mean()
         assert budgets.converged[row] == (residual <= 0.01).mean()
         np.testing.assert_allclose(budgets.residual[row], residual.mean(), rtol=1e-3)
@@ -130,20 +137,20 @@ def test_solves_and_budgets_are_those_of_direct_solves(tools):
 
 def test_newton_is_not_tried_with_budgets_that_take_forever():
     model, examples, _ = network(3, solver="newton_krylov")
-    looked_at = measure.Network(model, examples, 16)
+    looked_at = measure.Network(model, examples)
     looked_at._all = lambda answer: solves_of([True, False, True])
     np.testing.assert_array_equal(looked_at.budgets((2, 25, 50)).budgets, [2, 6, 25])
 
 
 def test_spectra_are_those_of_the_dense_jacobian():
     sizes = {"channels": 4, "inner_channels": 4}
-    model, examples, images = network(5, scale=60.0, tol=1e-3, max_iter=100, **sizes)
-    looked_at = measure.Network(model, examples, 16)
+    model, examples, pixels = network(5, scale=60.0, tol=1e-3, max_iter=100, **sizes)
+    looked_at = measure.Network(model, examples)
     order = np.array([3, 1, 4, 0, 2])
     spectra = looked_at.spectra(order, count=3)
     assert spectra.looked_at == {"slowest": 3, "median": 4, "fastest": 2}
     assert spectra.converged.all()
-    injection = model.injection(images)
+    injection = model.injection(pixels)
     z = model.core(injection)
     flat = z[0].size
 
@@ -170,7 +177,7 @@ def test_spectra_are_those_of_the_dense_jacobian():
 
 def test_a_network_that_is_not_finite():
     model, examples, _ = network(3, scale=np.nan)
-    looked_at = measure.Network(model, examples, 16)
+    looked_at = measure.Network(model, examples)
     solves = looked_at.solves()
     # The first evaluation is at zero, whose residual needs the kernels, too.
     assert (solves.status == Status.DIVERGED).all()
@@ -179,13 +186,12 @@ def test_a_network_that_is_not_finite():
     assert np.isnan(spectra.radius).all()
     assert np.isnan(budgets.residual).all()
     traces = {"forward": np.full((6, 3), np.nan)}
-    judged = confidence.confidence(solves)
     drawn = {
-        **figures.residuals(traces, {"forward": 0.1}),
+        **figures.residuals(traces, {"forward": 0.1}, images.WORDS),
         **figures.evaluations(solves, 6),
-        **figures.spectra(spectra),
-        **figures.budgets(budgets, 0.1),
-        **figures.confidence(solves, judged),
+        **figures.spectra(spectra, images.WORDS),
+        **figures.budgets(budgets, 0.1, images.WORDS),
+        **figures.confidence(solves, judged(solves), images.WORDS),
     }
     assert all(png.startswith(PNG) for png in drawn.values())
 
@@ -200,5 +206,5 @@ def test_figures_with_gaps():
     assert list(figures.epochs(history)) == ["epochs_converged", "epochs_residual"]
     residual = np.append(np.linspace(0, 0.1, 29), np.inf)
     solves = solves_of([True] * 15 + [False] * 15, residual)
-    drawn = figures.confidence(solves, confidence.confidence(solves))
+    drawn = figures.confidence(solves, judged(solves), images.WORDS)
     assert list(drawn) == ["confidence_residual", "confidence_roc"]
