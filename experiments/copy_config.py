@@ -55,7 +55,9 @@ _CPU = Config(
     tied=False,
     depth=4,
     tol=1e-2,
-    max_iter=12,
+    max_iter=16,
+    jacobian_weight=0.5,
+    jacobian_probability=0.35,
 )
 _ACCELERATOR = dataclasses.replace(
     _CPU, preset="accelerator", delay=400, epochs=50, tol=1e-3, max_iter=25

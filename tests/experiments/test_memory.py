@@ -14,6 +14,7 @@ TINY = ["--depths", *map(str, DEPTHS), "--width=16", "--heads=2", "--length=32",
 @pytest.fixture(scope="module")
 def costs():
     models = memory.language_models(memory.Config(width=16, heads=2))
+    del models["DEQ, Picard"]  # to compile fewer
     return memory.measure(models, jnp.zeros((4, 32), jnp.int32), DEPTHS)
 
 
@@ -21,9 +22,8 @@ def of(costs, name):
     return [costs[name][depth].temporaries for depth in DEPTHS]
 
 
-@pytest.mark.parametrize("solver", ["Anderson", "Picard"])
-def test_an_equilibrium_is_flat(costs, solver):
-    few, more, many = of(costs, f"DEQ, {solver}")
+def test_an_equilibrium_is_flat(costs):
+    few, more, many = of(costs, "DEQ, Anderson")
     assert few > 4 * 32 * 16 * 4  # more than one state: it is measured
     assert max(few, more, many) <= 1.05 * min(few, more, many)
 
