@@ -57,6 +57,7 @@ def _scanned(
 
     In a program without a loop rematerialisation rests on barriers against common subexpressions,
     which XLA takes out on the CPU before it looks for these: nothing would be computed again there.
+    For the loop, parameters of different cells are stacked, which is a copy of them.
     """
     tied = len(cells) == 1
     split = [nnx.split(cell, nnx.Param, ...) for cell in cells]

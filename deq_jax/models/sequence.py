@@ -10,7 +10,7 @@ A model may have memory: what it keeps of a segment for the next one of the same
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,40 +19,12 @@ from flax import nnx
 from deq_jax.cells.attention import check_range, dropped
 from deq_jax.checks import check_positive_integer
 from deq_jax.models.applications import apply_in_turn
+from deq_jax.models.segments import Reading, Segment, as_segment
 from deq_jax.nnx import DEQ
 from deq_jax.stability.dropout import broadcast_axes
-from deq_jax.stats import BackwardProbe, SolveStats
+from deq_jax.stats import BackwardProbe
 
 PyTree = Any
-
-
-class Segment(NamedTuple):
-    """Tokens of sequences, and what came before them.
-
-    Attributes:
-        tokens: `[B, L]` integers.
-        memory: from `SequenceModel.initial_memory` or from the call for the segment before; None
-            for the start of the sequences.
-    """
-
-    tokens: jax.Array
-    memory: PyTree = None
-
-
-class Reading(NamedTuple):
-    """What a model makes of tokens, and what it needs to go on behind them; see `read`.
-
-    Attributes:
-        logits: `[B, L, vocabulary]`.
-        cache: for the next call.
-        state: of the core, leaves `[B, L, ...]`; None where there is nothing to start a solve from.
-        stats: of the solve; None where nothing is solved.
-    """
-
-    logits: jax.Array
-    cache: PyTree
-    state: PyTree
-    stats: SolveStats | None
 
 
 class SequenceModel(nnx.Module):
@@ -304,8 +276,3 @@ class UnrolledSequenceModel(SequenceModel):
             remat=self.remat,
         )
         return self.classify(state), kept
-
-
-def as_segment(inputs: Segment | jax.Array) -> Segment:
-    """Plain tokens are a segment without memory."""
-    return inputs if isinstance(inputs, Segment) else Segment(inputs)
