@@ -25,7 +25,7 @@ from experiments.common.errors import ExperimentError, UsageError
 from experiments.common.runs import flag_of, write_atomically
 from experiments.common.studies import machine
 from experiments.common.traces import residual_traces
-from experiments.diagnosis import confidence, figures, images, measure, sequences
+from experiments.diagnosis import confidence, figures, images, measure, results, sequences
 from experiments.diagnosis.page import Report, render
 from experiments.trained import Run, read_run
 
@@ -143,10 +143,10 @@ def _facts(run: Run, solver: Solver, examples: Mapping[str, str]) -> dict[str, s
 
 def _troubles(
     run: Run,
-    solves: measure.Solves,
+    solves: results.Solves,
     traces: Mapping[str, np.ndarray],
-    spectra: measure.Spectra,
-    budgets: measure.Budgets,
+    spectra: results.Spectra,
+    budgets: results.Budgets,
 ) -> list[advice.Trouble]:
     """Troubles with the examples; where nothing was traced backwards, those of the newest epoch."""
     config, history = run.experiment.config, run.progress.history

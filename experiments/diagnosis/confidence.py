@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from experiments.diagnosis.measure import Solves
+from experiments.diagnosis.results import Solves
 
 ENOUGH = 10
 """Good ones, and bad ones, below which no AUROC is worth telling."""

@@ -5,13 +5,12 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import jax
 import numpy as np
 
-if TYPE_CHECKING:
-    from experiments.diagnosis.measure import Solves
+from experiments.diagnosis.results import Solves
 
 AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
 
@@ -73,11 +72,11 @@ class Examples(Protocol):
     def asked(self, positions: AnyArray) -> AnyArray:
         """The part that counts of targets or logits, `[B]` or `[B, L]` and any further axes."""
 
-    def good(self, solves: "Solves") -> np.ndarray:
+    def good(self, solves: Solves) -> np.ndarray:
         """`[N]` boolean: which went well, for comparing it with the residual."""
 
-    def score(self, solves: "Solves") -> str:
+    def score(self, solves: Solves) -> str:
         """How well the network does, in a sentence."""
 
-    def gallery(self, solves: "Solves", indices: np.ndarray) -> str:
+    def gallery(self, solves: Solves, indices: np.ndarray) -> str:
         """HTML that shows some of them with their answers and solves."""

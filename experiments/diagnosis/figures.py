@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from deq_jax.plotting import plot_iterations, plot_residuals, plot_spectrum
 from experiments.diagnosis.confidence import Confidence
 from experiments.diagnosis.examples import Words
-from experiments.diagnosis.measure import Budgets, Solves, Spectra
+from experiments.diagnosis.results import Budgets, Solves, Spectra
 
 Figures = dict[str, bytes]
 """PNG files by their names without `.png`."""

@@ -14,7 +14,7 @@ from experiments.common.sources import Images
 from experiments.common.splits import fixed_split
 from experiments.diagnosis.examples import AnyArray, Words
 from experiments.diagnosis.markup import escape, image, solved
-from experiments.diagnosis.measure import Solves
+from experiments.diagnosis.results import Solves
 from experiments.image_experiment import to_float
 
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship")

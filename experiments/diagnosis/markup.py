@@ -7,7 +7,7 @@ from typing import Any
 
 from deq_jax import Status
 from experiments.diagnosis.figures import Figures
-from experiments.diagnosis.measure import Solves
+from experiments.diagnosis.results import Solves
 
 _STATUSES = {
     Status.CONVERGED: "converged",

@@ -10,7 +10,7 @@ from experiments.diagnosis.confidence import ENOUGH, Confidence
 from experiments.diagnosis.examples import Examples
 from experiments.diagnosis.figures import Figures
 from experiments.diagnosis.markup import charts, escape, flagged, paragraph
-from experiments.diagnosis.measure import Budgets, Solves, Spectra
+from experiments.diagnosis.results import Budgets, Solves, Spectra
 from experiments.diagnosis.style import STYLE
 
 SHOWN = 12

@@ -9,7 +9,7 @@ import numpy as np
 from experiments.common.experiment import Experiment
 from experiments.diagnosis.examples import AnyArray, Words
 from experiments.diagnosis.markup import escape, solved
-from experiments.diagnosis.measure import Solves
+from experiments.diagnosis.results import Solves
 
 Show = Callable[[np.ndarray, np.ndarray, np.ndarray], str]
 """From inputs, labels and predictions of a sequence to what is shown of it."""

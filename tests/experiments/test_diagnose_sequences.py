@@ -12,7 +12,7 @@ from deq_jax import Broyden
 from deq_jax.cells.trellis import TrellisState
 from deq_jax.models.deq_trellis import DEQTrellisNet
 from experiments import diagnose as script
-from experiments.diagnosis import measure, sequences
+from experiments.diagnosis import measure, results, sequences
 from experiments.diagnosis.page import render
 from experiments.trained import read_run
 from tests.experiments.runs import untrained
@@ -127,7 +127,7 @@ def test_low_loss_is_not_that_of_a_diverged_solve():
         ([np.nan, np.nan, 1.0, np.inf], [False, False, True, False]),
     ):
         ones = np.ones((4, 2))
-        solves = measure.Solves(
+        solves = results.Solves(
             labels=ones, predicted=ones, loss=np.array(loss), status=np.ones(4), **fields
         )
         np.testing.assert_array_equal(examples.good(solves), good)

@@ -9,7 +9,7 @@ import pytest
 
 from deq_jax import Anderson, Status
 from experiments.common.data import load_dataset
-from experiments.diagnosis import confidence, figures, images, measure
+from experiments.diagnosis import confidence, figures, images, measure, results
 from experiments.image_experiment import build_model
 from experiments.image_presets import parse
 from tests.experiments.conftest import TINY
@@ -45,7 +45,7 @@ def test_auroc_is_the_share_of_pairs_in_order(seed):
 def solves_of(correct, residual=None):
     count = len(correct)
     residual = np.linspace(0.001, 0.1, count) if residual is None else np.asarray(residual)
-    return measure.Solves(
+    return results.Solves(
         labels=np.ones(count, int),
         predicted=np.asarray(correct, int),
         softmax=np.linspace(1.0, 0.5, count),
@@ -70,7 +70,7 @@ def test_confidence_needs_enough_of_both_kinds():
 
 
 def test_order_of_the_images():
-    solves = measure.Solves(
+    solves = results.Solves(
         labels=np.zeros(5, int),
         predicted=np.zeros(5, int),
         softmax=np.ones(5),
