@@ -59,7 +59,6 @@ CONTROLS: dict[str, dict[str, tuple[str, ...]]] = {
             "--heads=4",
         ),
         "explicit, 8 blocks of equal width": ("--model=explicit",),
-        "LSTM": ("--model=lstm", "--hidden-features=294", "--no-tied"),
     },
 }
 """What each study trains, and the flags with which it does."""

@@ -56,7 +56,7 @@ _CPU = Config(
     depth=4,
     tol=1e-2,
     max_iter=16,
-    jacobian_weight=0.5,
+    jacobian_weight=0.1,
     jacobian_probability=0.35,
 )
 _ACCELERATOR = dataclasses.replace(
