@@ -91,7 +91,7 @@ class Row:
         parameters: trainable numbers.
         evaluations: of the cell in a solve of the evaluation, and products backwards in the last
             epoch; empty for a network without a solver.
-        minutes: that the training took.
+        steps: of the training.
         memory: bytes of the temporaries of a training step.
         seconds: that the timed steps took, one after another.
     """
@@ -100,7 +100,7 @@ class Row:
     loss: float
     parameters: int
     evaluations: str
-    minutes: float
+    steps: int
     memory: int
     seconds: list[float] = dataclasses.field(default_factory=list)
 
@@ -166,7 +166,7 @@ def trained(study: Name, name: str, config: Config) -> tuple[Row, Timed]:
         loss=last[f"{split}_loss"],
         parameters=count_parameters(experiment.model),
         evaluations=evaluations,
-        minutes=sum(record["seconds"] for record in progress.history) / 60,
+        steps=last["step"],
         memory=timed.memory,
     )
     return row, timed
@@ -179,12 +179,13 @@ def table(study: Name, config: Config) -> str:
         for row, timed in rows:
             row.seconds += timed.seconds()
     columns = ["network", "loss", "parameters", "evaluations forwards / backwards"]
-    columns += ["seconds a step", "memory of a step", "minutes of training"]
+    columns += ["seconds a step", "memory of a step", "minutes for all steps"]
     lines = [markdown_head(columns)]
     for row, _ in rows:
         cells = [row.name, f"{row.loss:.4g}", f"{row.parameters:,}", row.evaluations]
-        cells += [f"{statistics.median(row.seconds):.3f}", f"{row.memory / 2**20:.0f} MiB"]
-        lines.append(markdown_row([*cells, f"{row.minutes:.1f}"]))
+        seconds = statistics.median(row.seconds)
+        cells += [f"{seconds:.3f}", f"{row.memory / 2**20:.0f} MiB"]
+        lines.append(markdown_row([*cells, f"{row.steps * seconds / 60:.1f}"]))
     return f"### {study}\n\n" + "\n".join(lines)
 
 

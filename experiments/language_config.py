@@ -70,7 +70,7 @@ _CPU = Config(
     depth=8,
     tol=3e-2,
     max_iter=16,
-    jacobian_weight=1.0,
+    jacobian_weight=0.2,
     jacobian_probability=0.35,
     eval_every=2,
 )
