@@ -140,8 +140,8 @@ def plot_spectrum(
         raise ValueError(f"errors must have the shape {values.shape}, got {errors.shape}")
     known = np.isfinite(values)
     values, errors = values[known], errors[known]
-    circle = np.exp(1j * np.linspace(0, 2 * np.pi, 361))
-    axes.plot(circle.real, circle.imag, color="0.4", ls="--", lw=1, label="unit circle")
+    angle = np.linspace(0, 2 * np.pi, 361)
+    axes.plot(np.cos(angle), np.sin(angle), color="0.4", ls="--", lw=1, label="unit circle")
     # A NaN compares as false: an unknown error is not a small one.
     sharp = errors <= rtol * np.abs(values).max(initial=0)
     for chosen, face, label in ((sharp, "C0", "eigenvalues"), (~sharp, "none", "outline")):

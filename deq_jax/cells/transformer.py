@@ -156,8 +156,8 @@ class TransformerCell(nnx.Module):
         if channels % 2:
             raise ValueError(f"{positions} positions need an even number, not {channels} channels")
         self.features, self.heads, self.window = features, heads, window
-        self.positions, self.norm, self.norm_order = positions, norm, norm_order
-        self.feed_forward = feed_forward
+        self.positions, self.norm_order, self.feed_forward = positions, norm_order, feed_forward
+        self.norm: Norm = norm
 
         def normal(inputs: int, scale: float = 0.3, std: float | None = kernel_std) -> Any:
             return nnx.initializers.normal(scale / math.sqrt(inputs) if std is None else std)
@@ -258,9 +258,8 @@ class TransformerCell(nnx.Module):
         expected = [*injection.projected.shape[:2], self.features]
         if list(z.shape) != expected:
             raise ValueError(f"z must be {expected}, as `start` makes it, got {list(z.shape)}")
-        post, scales = self.norm_order == "post", (self.residual_scale,) * 2
-        if isinstance(self.residual_scale, nnx.Param):
-            scales = self.residual_scale[...].astype(z.dtype)
+        post, scale = self.norm_order == "post", self.residual_scale
+        scales = scale[...].astype(z.dtype) if isinstance(scale, nnx.Param) else (scale, scale)
         inner = z if post else normalise(z, self.norm)
         y = normalise(z + scales[0] * self._attention(inner, injection), self.norm)
         y = y + scales[1] * self._feed_forward(y)
@@ -269,11 +268,11 @@ class TransformerCell(nnx.Module):
     def _attention(self, z: jax.Array, injection: TransformerInjection) -> jax.Array:
         projected = self._heads(self.qkv(z), 3) + injection.projected
         query, key, value = (projected[:, :, i] for i in range(3))
-        scores = None
-        if self.positions == "rotary":
-            query, key = rotate(query, injection.positions), rotate(key, injection.positions)
-        elif self.positions == "relative":
-            scores = relative_scores(query + self.position_bias[...], injection.positions)
+        table, scores = injection.positions, None
+        if table is not None and self.positions == "rotary":
+            query, key = rotate(query, table), rotate(key, table)
+        elif table is not None:
+            scores = relative_scores(query + self.position_bias[...], table)
             query = query + self.content_bias[...]
         if injection.memory is not None:
             key = jnp.concatenate([injection.memory[0], key], 1)

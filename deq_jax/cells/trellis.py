@@ -162,15 +162,14 @@ class TrellisCell(nnx.Module):
         Raises:
             ValueError: an array is of another shape than it must be; the message names it.
         """
-        x = self._complete(x)
-        before = x.history
+        x, before = self._complete(x)
         for name, leaf in zip(("state.h", "state.c"), state, strict=True):
-            check_sequence(name, leaf, self.features, x.x.shape[1])
+            check_sequence(name, leaf, self.features, x.shape[1])
 
         def last(old: jax.Array, new: jax.Array) -> jax.Array:
             return jnp.concatenate([old, new], 1)[:, -self.reach :]
 
-        return TrellisHistory(last(before.h, state.h), last(before.c, state.c), last(before.x, x.x))
+        return TrellisHistory(last(before.h, state.h), last(before.c, state.c), last(before.x, x))
 
     def inject(self, x: TrellisInput | jax.Array) -> TrellisInjection:
         """x~, and the history that the convolution of h begins with.
@@ -193,19 +192,18 @@ class TrellisCell(nnx.Module):
         c = jax.nn.sigmoid(f) * earlier + jax.nn.sigmoid(i) * jnp.tanh(g)
         return TrellisState(jax.nn.sigmoid(o) * jnp.tanh(c), c)
 
-    def _complete(self, x: TrellisInput | jax.Array) -> TrellisInput:
-        """The input, checked, with a history."""
-        x = _as_input(x)
-        check_sequence("x", x.x, self.in_features)
-        history = x.history
+    def _complete(self, given: TrellisInput | jax.Array) -> tuple[jax.Array, TrellisHistory]:
+        """The segment and what came before it, checked."""
+        x, history = _as_input(given)
+        check_sequence("x", x, self.in_features)
         if history is None:
-            zeros = jnp.zeros((x.x.shape[0], self.reach, self.features), x.x.dtype)
-            inputs = jnp.zeros((x.x.shape[0], self.reach, self.in_features), x.x.dtype)
-            return TrellisInput(x.x, TrellisHistory(zeros, zeros, inputs))
+            zeros = jnp.zeros((x.shape[0], self.reach, self.features), x.dtype)
+            inputs = jnp.zeros((x.shape[0], self.reach, self.in_features), x.dtype)
+            return x, TrellisHistory(zeros, zeros, inputs)
         for name, leaf in zip(TrellisHistory._fields, history, strict=True):
             width = self.in_features if name == "x" else self.features
             check_sequence(f"history.{name}", leaf, width, self.reach)
-        return TrellisInput(x.x, history)
+        return x, history
 
 
 def _as_input(x: TrellisInput | jax.Array) -> TrellisInput:

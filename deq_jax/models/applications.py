@@ -1,7 +1,7 @@
 """One cell after another, for the controls of equilibrium models, with rematerialisation."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,27 @@ from flax import nnx
 PyTree = Any
 
 
+class SequenceCell(Protocol):
+    """What the networks of this folder ask of a cell, an NNX module."""
+
+    def start(self, x: Any, /) -> PyTree:
+        """The state to start from."""
+        ...
+
+    def inject(self, x: Any, /) -> PyTree:
+        """What of the cell depends on its input alone."""
+        ...
+
+    def __call__(self, z: Any, injection: Any, /) -> PyTree:
+        """One application."""
+        ...
+
+
 def apply_in_turn(
-    cells: Sequence[nnx.Module],
+    cells: Sequence[SequenceCell],
     segment: Callable[[PyTree], PyTree],
     memories: Sequence[PyTree],
-    keep: Callable[[nnx.Module, PyTree, PyTree], PyTree],
+    keep: Callable[[SequenceCell, PyTree, PyTree], PyTree],
     *,
     remat: bool,
 ) -> tuple[PyTree, tuple[PyTree, ...]]:
@@ -46,10 +62,10 @@ def apply_in_turn(
 
 
 def _scanned(
-    cells: Sequence[nnx.Module],
+    cells: Sequence[SequenceCell],
     segment: Callable[[PyTree], PyTree],
     memories: Sequence[PyTree],
-    keep: Callable[[nnx.Module, PyTree, PyTree], PyTree],
+    keep: Callable[[SequenceCell, PyTree, PyTree], PyTree],
     state: PyTree,
     shared: PyTree,
 ) -> tuple[PyTree, tuple[PyTree, ...]]:
@@ -61,7 +77,8 @@ def _scanned(
     """
     tied = len(cells) == 1
     split = [nnx.split(cell, nnx.Param, ...) for cell in cells]
-    definition, params, rest = split[0]
+    definition, *states = split[0]
+    params, rest = states
 
     @jax.checkpoint
     def body(carry: tuple[PyTree, PyTree], own: PyTree) -> tuple[PyTree, PyTree]:

@@ -10,7 +10,7 @@ same weights (`WeightTiedConvNet`), or k cells with weights of their own (`Expli
 Source: "Deep Implicit Layers", ch. 4; 64,842 parameters in its CIFAR-10 form.
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +141,33 @@ class ConvDEQ(_ImageClassifier):
             normalization=normalization,
         )
         self.initializer = _Initializer(self.channels, self.groups, rngs) if learned_start else None
+
+    @overload
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        return_stats: Literal[False] = False,
+        backward_probe: BackwardProbe | None = None,
+    ) -> jax.Array: ...
+
+    @overload
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        return_stats: Literal[True],
+        backward_probe: BackwardProbe | None = None,
+    ) -> tuple[jax.Array, SolveStats]: ...
+
+    @overload
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        return_stats: bool,
+        backward_probe: BackwardProbe | None = None,
+    ) -> jax.Array | tuple[jax.Array, SolveStats]: ...
 
     def __call__(
         self,

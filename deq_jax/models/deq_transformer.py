@@ -3,13 +3,20 @@
 Source: Bai, Kolter and Koltun, "Deep equilibrium models", 2019.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deq_jax.cells.attention import KeyValues, Memory, SequenceInput, extend_memory, normalise
+from deq_jax.cells.attention import (
+    KeyValues,
+    Memory,
+    Norm,
+    SequenceInput,
+    extend_memory,
+    normalise,
+)
 from deq_jax.cells.transformer import TransformerCell
 from deq_jax.checks import check_count
 from deq_jax.execution import Execution
@@ -57,7 +64,7 @@ class _Transformer(SequenceModel):
         options = {"dropout": dropout, "param_dtype": param_dtype, "rngs": rngs, **cell}
         cells = [TransformerCell(features, heads, hidden_features, **options) for _ in range(count)]
         # Post-norm ends with a norm already.
-        self.final_norm = None if cells[0].norm_order == "post" else cells[0].norm
+        self.final_norm: Norm | None = None if cells[0].norm_order == "post" else cells[0].norm
         return cells
 
     def _segment(self, embedding: jax.Array, memory: PyTree) -> SequenceInput:
@@ -74,13 +81,13 @@ class _Transformer(SequenceModel):
 
     def _remember(self, cell: TransformerCell, x: SequenceInput, state: jax.Array) -> Memory:
         newer = Memory(state.astype(x.embedding.dtype), x.embedding)
-        return extend_memory(x.memory, newer, self.memory_size)
+        return extend_memory(cast(Memory | None, x.memory), newer, self.memory_size)
 
     def _cache(
         self, cell: TransformerCell, x: SequenceInput, state: jax.Array, size: int
     ) -> KeyValues:
         newer = cell.key_values(Memory(state.astype(x.embedding.dtype), x.embedding))
-        return extend_memory(x.memory, newer, size)
+        return extend_memory(cast(KeyValues | None, x.memory), newer, size)
 
 
 class DEQTransformer(_Transformer, EquilibriumSequenceModel):

@@ -10,7 +10,8 @@ from flax import nnx
 from jax import lax
 
 from deq_jax.checks import check_positive_integer
-from deq_jax.models.sequence import Reading, SequenceModel
+from deq_jax.models.segments import Reading
+from deq_jax.models.sequence import SequenceModel
 from deq_jax.stats import SolveStats
 from deq_jax.tree import accumulation_dtype
 

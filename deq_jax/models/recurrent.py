@@ -1,6 +1,6 @@
 """Recurrent networks as controls of sequence models: one LSTM or GRU layer of Flax."""
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,10 @@ class RecurrentNet(nnx.Module):
         embedded = self.embedding(tokens)
         if self.embedding_dropout is not None:
             embedded = self.embedding_dropout(embedded)
-        h = self.layer(embedded)
+        h = cast(jax.Array, self.layer(embedded))  # a pair only where it is asked for its carry
         if self.output_dropout is not None:
             h = self.output_dropout(h)
-        return self.embedding.attend(h) + self.bias[...] if self.head is None else self.head(h)
+        if self.head is not None:
+            return self.head(h)
+        assert self.bias is not None  # it is there where the head is tied
+        return self.embedding.attend(h) + self.bias[...]

@@ -10,7 +10,7 @@ A model may have memory: what it keeps of a segment for the next one of the same
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from flax import nnx
 
 from deq_jax.cells.attention import check_range, dropped
 from deq_jax.checks import check_positive_integer
-from deq_jax.models.applications import apply_in_turn
+from deq_jax.models.applications import SequenceCell, apply_in_turn
 from deq_jax.models.segments import Reading, Segment, as_segment
 from deq_jax.nnx import DEQ
 from deq_jax.stability.dropout import broadcast_axes
@@ -123,7 +123,7 @@ class SequenceModel(nnx.Module):
         """
         raise NotImplementedError
 
-    # What depends on the kind of cell.
+    # What depends on the kind of cell. A model's cells are of one kind, which its methods take.
 
     def _segment(self, embedding: jax.Array, memory: PyTree) -> PyTree:
         """What the cell's `inject` takes."""
@@ -137,11 +137,11 @@ class SequenceModel(nnx.Module):
         """Memory of nothing, of one application of the cell."""
         raise NotImplementedError
 
-    def _remember(self, cell: nnx.Module, x: PyTree, state: PyTree) -> PyTree:
+    def _remember(self, cell: Any, x: PyTree, state: PyTree) -> PyTree:
         """Memory of one application, for the segment behind x."""
         raise NotImplementedError
 
-    def _cache(self, cell: nnx.Module, x: PyTree, state: PyTree, size: int) -> PyTree:
+    def _cache(self, cell: Any, x: PyTree, state: PyTree, size: int) -> PyTree:
         """The same in the form that decoding keeps."""
         raise NotImplementedError
 
@@ -185,7 +185,7 @@ class EquilibriumSequenceModel(SequenceModel):
 
     def zeros(self, x: PyTree) -> PyTree:
         """The state that a solve starts from, where `x` is from `injection`."""
-        return self.core.cell.start(x)
+        return cast(SequenceCell, self.core.cell).start(x)
 
     def start(self, x: PyTree) -> PyTree:
         """Likewise; there is no learned start."""
@@ -223,7 +223,7 @@ class UnrolledSequenceModel(SequenceModel):
             inside it.
     """
 
-    cells: nnx.List
+    cells: nnx.List[Any]
     depth: int
     remat: bool
 
@@ -236,7 +236,7 @@ class UnrolledSequenceModel(SequenceModel):
         """
         tokens, memory = as_segment(inputs)
 
-        def keep(cell: nnx.Module, x: PyTree, state: PyTree) -> PyTree:
+        def keep(cell: SequenceCell, x: PyTree, state: PyTree) -> PyTree:
             if not (return_memory and self.memory_size):
                 return None
             return self._remember(cell, *jax.lax.stop_gradient((x, state)))
@@ -257,7 +257,7 @@ class UnrolledSequenceModel(SequenceModel):
     ) -> Reading:
         """As for any sequence model; `z0` is not used."""
 
-        def keep(cell: nnx.Module, x: PyTree, state: PyTree) -> PyTree:
+        def keep(cell: SequenceCell, x: PyTree, state: PyTree) -> PyTree:
             return self._cache(cell, x, state, cache_size)
 
         logits, caches = self._apply(tokens, cache, keep)

@@ -10,7 +10,7 @@ Source: Bai, Geng, Savani and Kolter, "Deep equilibrium optical flow estimation"
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -70,4 +70,5 @@ def corrected_loss(
     if not states:
         raise ValueError("states must hold at least the final one, got none")
     weights = correction_weights(len(states), gamma)
-    return sum(weight * loss(z) for weight, z in zip(weights, states, strict=True))
+    terms = [weight * loss(z) for weight, z in zip(weights, states, strict=True)]
+    return cast(jax.Array, sum(terms))  # there is a term, so it is no integer

@@ -5,7 +5,7 @@ number of evaluations does. Leaving `z0` out starts from zeros.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def mixed_initial(key: jax.Array, like: PyTree, probability: float = 0.5) -> PyT
 
     keys = jax.random.split(key, len(leaves))
     drawn = [draw(key, leaf) for key, leaf in zip(keys, leaves, strict=True)]
-    return structure.unflatten(drawn)
+    return jax.tree.unflatten(structure, drawn)
 
 
 def warm_start(
@@ -101,4 +101,5 @@ def initializer_loss(initial: PyTree, equilibrium: PyTree) -> jax.Array:
         lax.stop_gradient(equilibrium),
     )
     leaves = jax.tree.leaves(distances)
-    return sum(leaf.sum() for leaf in leaves) / sum(leaf.size for leaf in leaves)
+    total = cast(jax.Array, sum(leaf.sum() for leaf in leaves))
+    return total / sum(leaf.size for leaf in leaves)

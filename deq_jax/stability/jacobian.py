@@ -98,7 +98,7 @@ def random_signs(key: jax.Array, like: PyTree) -> PyTree:
 
     keys = jax.random.split(key, len(leaves))
     drawn = [signs(key, leaf) for key, leaf in zip(keys, leaves, strict=True)]
-    return tree.vary_with(structure.unflatten(drawn), like)
+    return tree.vary_with(jax.tree.unflatten(structure, drawn), like)
 
 
 @dataclasses.dataclass(frozen=True)

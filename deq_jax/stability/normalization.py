@@ -221,13 +221,14 @@ class SpectralNorm:
         chosen, replace = select_kernels(params, self.kernels)
         check_paths("trainable", trainable, chosen if self.learn_scale else {})
         check_paths("statistics", statistics, chosen)
+        fixed = None if self.learn_scale else self.scale
         effective, advanced = {}, {}
         for path, kernel in chosen.items():
             name, matrix = "/".join(path), self._matrix(path, kernel)
             sigma, advanced[name] = _largest_singular_value(
                 matrix, statistics[name], self.iterations
             )
-            g = trainable[name] if self.learn_scale else jnp.full_like(sigma, self.scale)
+            g = trainable[name] if fixed is None else jnp.full_like(sigma, fixed)
             effective[path] = _scaled(kernel, _factor(g, sigma, self.clip))
         return replace(effective), advanced
 

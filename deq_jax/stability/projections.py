@@ -71,7 +71,7 @@ def select_kernels(
                 f"a kernel must be floating with two axes or more, {'/'.join(path)} is "
                 f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
             )
-    return chosen, lambda others: structure.unflatten({**leaves, **others}.values())
+    return chosen, lambda others: jax.tree.unflatten(structure, {**leaves, **others}.values())
 
 
 def _names(keys: tuple[Any, ...]) -> Path:

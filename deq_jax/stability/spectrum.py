@@ -130,8 +130,9 @@ def spectral_radius(
     first = Carry(zeros, zeros + jnp.inf, start, zeros.sum().astype(jnp.int32))
     end = lax.while_loop(proceed, body, first)
     converged = end.error <= tolerance * end.radius
-    result = SpectralRadius(end.radius, end.error, converged, end.products)
-    return result if batched else SpectralRadius(*(leaf[0] for leaf in result[:3]), end.products)
+    if batched:
+        return SpectralRadius(end.radius, end.error, converged, end.products)
+    return SpectralRadius(end.radius[0], end.error[0], converged[0], end.products)
 
 
 def spectrum(
