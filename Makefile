@@ -21,6 +21,8 @@ demo: install
 lint: install
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+	@$(BIN)/mypy
 
 test: lint
 	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
