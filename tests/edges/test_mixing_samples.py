@@ -25,10 +25,10 @@ from tests.reference import implicit_gradient, relative_error
 
 def solvers(tol):
     return {
-        "Picard": Picard(tol=tol, max_iter=1000),
-        "Anderson": Anderson(tol=tol, max_iter=1000),
-        "Broyden": Broyden(tol=tol, memory=40, max_iter=1000),
-        "NewtonKrylov": NewtonKrylov(tol=tol, max_iter=1000),
+        "Picard": Picard(tol=tol, max_iter=3000),
+        "Anderson": Anderson(tol=tol, max_iter=3000),
+        "Broyden": Broyden(tol=tol, memory=40, max_iter=3000),
+        "NewtonKrylov": NewtonKrylov(tol=tol, max_iter=3000),
     }
 
 
