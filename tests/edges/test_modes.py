@@ -281,8 +281,11 @@ def test_debug_nans_with_a_sample_of_zeros_and_a_zero_cotangent(solver):
 
 
 @x64
+@pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_state_with_an_empty_leaf(solver):
+def test_a_state_with_an_empty_leaf(solver, jit):
+    """Under `jvp` without `jit` XLA has no Cholesky factorisation for a loop with an empty leaf."""
+
     def f(w, z, x):
         return {"a": jnp.tanh(z["a"] @ w + x), "empty": z["empty"] + z["a"].sum(1)[:, None]}
 
@@ -293,22 +296,42 @@ def test_a_state_with_an_empty_leaf(solver):
     def value(w, x):
         return run(w, x)[0]["a"]
 
+    def push(dw, dx):
+        return jax.jvp(value, (w, x), (dw, dx))
+
+    def pull(w, x):
+        return jax.grad(lambda w, x: jnp.vdot(jnp.asarray(Y), value(w, x)), (0, 1))(w, x)
+
     w, x = jnp.asarray(W), jnp.asarray(X)
     z, stats = run(w, x)
     assert z["empty"].shape == (4, 0)
     np.testing.assert_array_equal(stats.status, Status.CONVERGED)
-    gradients = jax.jit(jax.grad(lambda w, x: jnp.vdot(jnp.asarray(Y), value(w, x)), (0, 1)))(w, x)
     by_w, by_x = expected_gradients()
-    assert relative_error(gradients, (by_w, by_x)) < 1e-8
+    assert relative_error((jax.jit(pull) if jit else pull)(w, x), (by_w, by_x)) < 1e-8
     dw, dx = tangents()
-    primal, tangent = jax.jit(lambda *t: jax.jvp(value, (w, x), t))(
-        jnp.asarray(dw), jnp.asarray(dx)
-    )
+    primal, tangent = (jax.jit(push) if jit else push)(jnp.asarray(dw), jnp.asarray(dx))
     assert relative_error(primal, solution()) < 1e-9
     # Forward and reverse mode are transposes of each other.
     np.testing.assert_allclose(
         (Y * tangent).sum(), (dw * by_w).sum() + (dx * by_x).sum(), rtol=1e-8
     )
+
+
+@x64
+def test_a_state_with_an_empty_leaf_and_second_derivatives():
+    def total(x):
+        def f(w, z, x):
+            return {"a": jnp.tanh(z["a"] @ w + x), "empty": z["empty"]}
+
+        z0 = {"a": jnp.zeros_like(x), "empty": jnp.zeros((4, 0))}
+        options = {"solver": SOLVERS["NewtonKrylov"], "gradient": Implicit(SOLVERS["Anderson"])}
+        return jnp.vdot(jnp.asarray(Y), deq_fixed_point(f, jnp.asarray(W), x, z0, **options)["a"])
+
+    dx = tangents()[1]
+    _, curvature = jax.jvp(jax.grad(total), (jnp.asarray(X),), (jnp.asarray(dx),))
+    step = 1e-5
+    above, below = (dense_gradients(x=X + sign * step * dx)[1] for sign in (1, -1))
+    assert relative_error(curvature, (np.asarray(above) - np.asarray(below)) / (2 * step)) < 1e-5
 
 
 @x64
@@ -512,11 +535,16 @@ def test_a_traced_tolerance_of_the_backward_solve(kind):
 
 # Keys.
 
+KEY_MODES = [(solver, "Implicit") for solver in SOLVERS]
+KEY_MODES += [("Picard", policy) for policy in POLICIES if policy != "Implicit"]
+KEY_MODES += [("Anderson", "Unrolled"), ("NewtonKrylov", "Unrolled")]
+
 
 @x64
+@pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("closes_over", [False, True], ids=["in params", "closed over"])
-@pytest.mark.parametrize(("solver", "policy"), MODES)
-def test_key_reuse_is_not_reported_for_one_mask_a_solve(solver, policy, closes_over):
+@pytest.mark.parametrize(("solver", "policy"), KEY_MODES)
+def test_key_reuse_is_not_reported_for_one_mask_a_solve(solver, policy, closes_over, jit):
     """f draws the same mask in each evaluation, on purpose."""
     mask = np.asarray(jax.random.bernoulli(jax.random.key(5), 0.7, (4, 3)), np.float64)
 
@@ -536,9 +564,9 @@ def test_key_reuse_is_not_reported_for_one_mask_a_solve(solver, policy, closes_o
 
     expected = dense_gradients(lambda w, z, x: masked((w, jnp.asarray(mask)), z, x))
     with jax.debug_key_reuse(True):
-        gradients, z = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(
-            jnp.asarray(W), jnp.asarray(X), jax.random.key(5)
-        )
+        gradient = jax.grad(loss, (0, 1), has_aux=True)
+        gradient = jax.jit(gradient) if jit else gradient
+        gradients, z = gradient(jnp.asarray(W), jnp.asarray(X), jax.random.key(5))
     assert relative_error(z, np.tanh((mask * np.asarray(z)) @ W + X)) < 1e-10
     assert relative_error(gradients, expected) < 1e-6
 
@@ -781,7 +809,7 @@ def by_ragged_all_to_all(mean):
 
 def by_pbroadcast(mean):
     """Not for the CPU to run, but to be traced."""
-    return lax.pbroadcast(mean, "data", 0)
+    return lax.pbroadcast(mean, ("data",), 0)
 
 
 MEANS = [
@@ -853,9 +881,12 @@ def test_collectives_do_not_hang_with_other_solvers(mean, solver):
 def test_collectives_are_recognised(mean):
     """Shrinking refuses an f that communicates, which shows what the library has seen."""
 
+    def f(w, z, x):  # rows of a shard stay apart
+        return jnp.tanh((z - 0.5 * mean(z)) @ w + x)
+
     def local(w, x):
         execution = Execution(shrink_to=1)
-        return deq_fixed_point(coupled(mean), w, x, solver=PICARD, execution=execution)
+        return deq_fixed_point(f, w, x, solver=PICARD, execution=execution)
 
     over_batch = jax.shard_map(
         local, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False
