@@ -11,17 +11,19 @@ from deq_jax.gradients.phantom import Phantom as Phantom
 from deq_jax.gradients.policy import GradientPolicy as GradientPolicy
 from deq_jax.gradients.unrolled import Unrolled as Unrolled
 from deq_jax.solvers.anderson import Anderson as Anderson
-from deq_jax.solvers.bicgstab import BiCGStab as BiCGStab
+from deq_jax.linear.bicgstab import BiCGStab as BiCGStab
 from deq_jax.solvers.broyden import Broyden as Broyden
-from deq_jax.solvers.gmres import GMRES as GMRES
-from deq_jax.solvers.krylov import LinearSolver as LinearSolver
-from deq_jax.solvers.loop import Solver as Solver
+from deq_jax.linear.gmres import GMRES as GMRES
+from deq_jax.linear.krylov import LinearSolver as LinearSolver
+from deq_jax.solve import Solver as Solver
 from deq_jax.solvers.newton_krylov import NewtonKrylov as NewtonKrylov
 from deq_jax.solvers.picard import Picard as Picard
 from deq_jax.stats import BackwardProbe as BackwardProbe
 from deq_jax.stats import Solution as Solution
 from deq_jax.stats import SolveStats as SolveStats
 from deq_jax.stats import Status as Status
+
+__version__ = "0.2.0"
 
 # Without it a star import would bring `nnx` and `linen`, the submodules, in the place of Flax's.
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "Solver",
     "Status",
     "Unrolled",
+    "__version__",
     "deq_fixed_point",
     "solve_adjoint",
     "solve_fixed_point",

@@ -1,11 +1,74 @@
-"""Checks of options that several solvers and policies share."""
+"""Options: range checks of their fields, and options as pytrees.
 
+Solvers and gradient policies are frozen dataclasses. A field that holds a Python number is part of
+the program, as a static argument of `jax.jit` is. A field that holds a NumPy or JAX scalar, a traced
+one too, is data: the compiled program takes it as an input and serves every value of it.
+"""
+
+import dataclasses
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+T = TypeVar("T")
+
+Real = float | np.floating[Any] | np.integer[Any] | jax.Array
+"""A real scalar: a Python number is static, all others are data."""
 
 
-def _is_number(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+def register_options(cls: type[T]) -> type[T]:
+    """Makes a frozen dataclass a pytree, by decoration: fields that hold scalars as data are leaves.
+
+    A field with other options in it (the solver of `Implicit`, say) is a subtree. All else is
+    static. Unflattening makes no range checks, because JAX unflattens with placeholders.
+    """
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    def flatten_with_keys(options: Any) -> tuple[list[Any], Any]:
+        values = {name: getattr(options, name) for name in names}
+        data = [name for name, value in values.items() if _is_data(value)]
+        static = tuple((name, values[name]) for name in names if name not in data)
+        children = [(jax.tree_util.GetAttrKey(name), values[name]) for name in data]
+        return children, (tuple(data), static)
+
+    def unflatten(aux: Any, children: Any) -> Any:
+        data, static = aux
+        options = object.__new__(cls)
+        for name, value in [*zip(data, children, strict=True), *static]:
+            object.__setattr__(options, name, value)
+        return options
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
+    return cls
+
+
+def _is_data(value: Any) -> bool:
+    static = isinstance(value, bool | int | float | str | tuple | np.dtype) or value is None
+    return not static or isinstance(value, np.generic)
+
+
+def is_array(value: Any) -> bool:
+    """Whether JAX takes the value as an array or a scalar."""
+    number = bool | int | float | complex | np.generic | np.ndarray
+    return isinstance(value, jax.Array | number) or hasattr(value, "__jax_array__")
+
+
+def is_exactly(value: Any, number: float) -> bool:
+    """Whether an option is this very Python number, which is known while tracing."""
+    return isinstance(value, int | float) and not isinstance(value, np.generic) and value == number
+
+
+def in_dtype(value: Any, dtype: Any) -> Any:
+    """An option for arithmetic with arrays of `dtype`: a Python number adapts by itself."""
+    static = isinstance(value, int | float) and not isinstance(value, np.generic)
+    return value if static else jax.numpy.asarray(value, dtype)
+
+
+def _field(owner: object, name: str) -> tuple[str, Any]:
+    return f"{type(owner).__name__}.{name}", getattr(owner, name)
 
 
 def check_number(
@@ -16,26 +79,35 @@ def check_number(
     at_least: float = -math.inf,
     at_most: float = math.inf,
 ) -> None:
-    """Raises unless field `name` of `owner` is a finite number in the interval.
+    """Raises unless field `name` of `owner` is a finite real number in the interval.
+
+    A traced number is taken as it is, because its value is not known yet.
 
     Raises:
-        TypeError: the field is not a Python number.
+        TypeError: the field is neither a Python number nor a scalar of a real dtype.
         ValueError: it is out of range; the message names the field, the value and the range.
     """
-    value = getattr(owner, name)
-    if not (_is_number(value, float) or _is_number(value, int)):
-        raise TypeError(f"{type(owner).__name__}.{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value > above and at_least <= value <= at_most):
+    label, value = _field(owner, name)
+    if isinstance(value, bool) or not is_array(value) or not _is_real_scalar(value):
+        raise TypeError(f"{label} must be a number, got {value!r}")
+    if isinstance(value, jax.core.Tracer):
+        return
+    number = float(value)
+    if not (math.isfinite(number) and number > above and at_least <= number <= at_most):
         lower = f"> {above}" if above > -math.inf else f">= {at_least}"
         upper = f" and <= {at_most}" if at_most < math.inf else ""
-        raise ValueError(
-            f"{type(owner).__name__}.{name} must be finite, {lower}{upper}, got {value!r}"
-        )
+        raise ValueError(f"{label} must be finite, {lower}{upper}, got {value!r}")
+
+
+def _is_real_scalar(value: Any) -> bool:
+    dtype = jax.dtypes.result_type(value)
+    real = jax.numpy.issubdtype(dtype, np.floating) or jax.numpy.issubdtype(dtype, np.integer)
+    return real and np.shape(value) == ()
 
 
 def check_count(owner: object, name: str) -> None:
     """Raises unless field `name` of `owner` is an integer of at least 1."""
-    check_positive_integer(f"{type(owner).__name__}.{name}", getattr(owner, name))
+    check_positive_integer(*_field(owner, name))
 
 
 def check_positive_integer(name: str, value: Any) -> None:
@@ -45,7 +117,7 @@ def check_positive_integer(name: str, value: Any) -> None:
         TypeError: it is not an integer.
         ValueError: it is below 1.
     """
-    if not _is_number(value, int):
+    if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value!r}")
@@ -53,9 +125,13 @@ def check_positive_integer(name: str, value: Any) -> None:
 
 def check_flag(owner: object, name: str) -> None:
     """Raises unless field `name` of `owner` is a bool."""
-    value = getattr(owner, name)
+    check_bool(*_field(owner, name))
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raises a TypeError unless the argument `name` is a bool."""
     if not isinstance(value, bool):
-        raise TypeError(f"{type(owner).__name__}.{name} must be a bool, got {value!r}")
+        raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 def check_stopping(solver: object) -> None:
@@ -64,3 +140,43 @@ def check_stopping(solver: object) -> None:
     check_number(solver, "atol", at_least=0.0)
     check_count(solver, "max_iter")
     check_flag(solver, "trace")
+
+
+def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of a pytree with a name for each, to put into a message."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield jax.tree_util.keystr(path) or "(the whole)", leaf
+
+
+def check_same_form(begin: str, like: str, got: Any, expected: Any, remedy: str = "") -> None:
+    """Raises unless two pytrees agree in structure, shapes and dtypes.
+
+    Args:
+        begin: begin of the message, such as "f must return".
+        like: what `expected` is called there.
+        got: the pytree to check.
+        expected: a pytree of arrays or of their shapes and dtypes.
+        remedy: end of the message about a dtype.
+
+    Raises:
+        ValueError: they differ; the message names the leaf, what came and what was expected.
+    """
+    structures = jax.tree.structure(got), jax.tree.structure(expected)
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"{begin} the structure of {like}: got {structures[0]}, expected {structures[1]}"
+        )
+    for (name, wanted), leaf in zip(named_leaves(expected), jax.tree.leaves(got), strict=True):
+        if not is_array(leaf):
+            raise ValueError(f"{begin} arrays: leaf {name} is {leaf!r}")
+        if np.shape(leaf) != wanted.shape:
+            raise ValueError(
+                f"{begin} the shapes of {like}: leaf {name}: "
+                f"got {np.shape(leaf)}, expected {wanted.shape}"
+            )
+        dtype = jax.numpy.result_type(leaf)
+        if dtype != wanted.dtype:
+            raise ValueError(
+                f"{begin} the dtypes of {like}: leaf {name}: "
+                f"got {dtype}, expected {wanted.dtype}{remedy}"
+            )

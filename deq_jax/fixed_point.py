@@ -1,24 +1,117 @@
-"""`deq_fixed_point`: an equation, a solver and a gradient policy become a layer."""
+"""The doors: an equation, a solver and a gradient policy become a layer."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 
-from deq_jax import tree
-from deq_jax.equation import add_batch_axis, drop_batch_axis, initial_state, trace, trace_equation
-from deq_jax.execution import Cell, Execution, Task, run
+from deq_jax import _compat, checks, precision, sharding, tree
+from deq_jax.adjoint import Affine, Solved
+from deq_jax.closure import Cell, Closure, Held, add_batch_axis, close, drop_batch_axis, initial_state
+from deq_jax.execution import Execution
 from deq_jax.gradients.implicit import Implicit, is_linear_solver
-from deq_jax.gradients.linear import SolvedInverse
-from deq_jax.gradients.policy import AtSolution, GradientPolicy, check_policy
-from deq_jax.gradients.prepared import prepare
-from deq_jax.precision import cast
+from deq_jax.gradients.policy import GradientPolicy, check_policy, differentiates_solver
+from deq_jax.linear.krylov import LinearSolver
+from deq_jax.passes import LoopBody
+from deq_jax.shrinking import sizes
+from deq_jax.solve import Solver, check_samples, check_solver, solve
 from deq_jax.solvers.anderson import Anderson
-from deq_jax.solvers.krylov import LinearSolver
-from deq_jax.solvers.loop import Solver, check_samples, check_solver
 from deq_jax.stats import BackwardProbe, Solution, SolveStats
 
 PyTree = Any
+State = TypeVar("State")
+
+
+@overload
+def deq_fixed_point(
+    f: Callable[[Any, State, Any], State],
+    params: Any,
+    x: Any,
+    z0: Any = None,
+    *,
+    solver: Solver = ...,
+    gradient: GradientPolicy = ...,
+    batched: bool = True,
+    return_stats: Literal[False] = False,
+    backward_probe: BackwardProbe | None = None,
+    sample_at: tuple[()] = (),
+    sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+    execution: Execution = ...,
+) -> State: ...
+
+
+@overload
+def deq_fixed_point(
+    f: Callable[[Any, State, Any], State],
+    params: Any,
+    x: Any,
+    z0: Any = None,
+    *,
+    solver: Solver = ...,
+    gradient: GradientPolicy = ...,
+    batched: bool = True,
+    return_stats: Literal[True],
+    backward_probe: BackwardProbe | None = None,
+    sample_at: tuple[()] = (),
+    sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+    execution: Execution = ...,
+) -> tuple[State, SolveStats]: ...
+
+
+@overload
+def deq_fixed_point(
+    f: Callable[[Any, State, Any], State],
+    params: Any,
+    x: Any,
+    z0: Any = None,
+    *,
+    solver: Solver = ...,
+    gradient: GradientPolicy = ...,
+    batched: bool = True,
+    return_stats: Literal[False] = False,
+    backward_probe: BackwardProbe | None = None,
+    sample_at: tuple[int, *tuple[int, ...]],
+    sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+    execution: Execution = ...,
+) -> tuple[State, tuple[State, ...]]: ...
+
+
+@overload
+def deq_fixed_point(
+    f: Callable[[Any, State, Any], State],
+    params: Any,
+    x: Any,
+    z0: Any = None,
+    *,
+    solver: Solver = ...,
+    gradient: GradientPolicy = ...,
+    batched: bool = True,
+    return_stats: Literal[True],
+    backward_probe: BackwardProbe | None = None,
+    sample_at: tuple[int, *tuple[int, ...]],
+    sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+    execution: Execution = ...,
+) -> tuple[State, SolveStats, tuple[State, ...]]: ...
+
+
+@overload
+def deq_fixed_point(
+    f: Callable[[Any, State, Any], State],
+    params: Any,
+    x: Any,
+    z0: Any = None,
+    *,
+    solver: Solver = ...,
+    gradient: GradientPolicy = ...,
+    batched: bool = True,
+    return_stats: bool = False,
+    backward_probe: BackwardProbe | None = None,
+    sample_at: tuple[int, ...] = (),
+    sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+    execution: Execution = ...,
+) -> Any: ...
 
 
 def deq_fixed_point(
@@ -35,7 +128,7 @@ def deq_fixed_point(
     sample_at: tuple[int, ...] = (),
     sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
     execution: Execution = Execution(),  # noqa: B008  (frozen)
-) -> PyTree | tuple[PyTree, ...]:
+) -> Any:
     """The solution `z*` of `z* = f(params, z*, x)`, differentiable in params and x.
 
     Found by `solver` in one `lax.while_loop` and differentiated as `gradient` says, by default
@@ -44,10 +137,12 @@ def deq_fixed_point(
     `jvp`, `hessian` and derivatives of derivatives, `vmap`, `checkpoint`, `scan`, `shard_map`.
 
     Args:
-        f: `f(params, z, x) -> z`, pure and traceable; returns the structure, shapes and dtypes of
-            z. It is compiled once for each function object, as by `jax.jit`, so a lambda made anew
-            at every call is compiled anew at every call.
-        params: any pytree. Integer, boolean and key leaves are fine and get no gradient.
+        f: `f(params, z, x) -> z`, traceable; returns the structure, shapes and dtypes of z. A call
+            outside of `jax.jit` always sees f, and what f uses, as they are now: f is traced again
+            unless it certainly holds no arrays or objects and all else that it holds is unchanged.
+            What was compiled is used again wherever the traced operations are the same.
+        params: any pytree. Integer, boolean and key leaves are fine and get no gradient; functions,
+            strings and other objects in it are static.
         x: the input, any pytree, likewise.
         z0: the start, floating or complex leaves `[B, ...]`; zeros shaped like `x` when left out.
             Its gradient is zero: a solution does not depend on where the search began.
@@ -81,16 +176,12 @@ def deq_fixed_point(
 
     Source: Bai, Kolter and Koltun, "Deep equilibrium models", 2019; "Deep Implicit Layers", ch. 4.
     """
-    check_solver("solver", solver)
-    check_policy("gradient", gradient)
+    checks.check_bool("return_stats", return_stats)
     sample_at = tuple(sample_at)
-    check_samples(sample_at, solver)
     policies = (gradient, *_sample_policies(sample_at, sample_gradient, gradient))
-    z0 = cast(initial_state(x, z0, batched), execution.state_dtype)
-    _check_probe(backward_probe, z0, batched)
-    task = Task(solver, policies, batched, sample_at, execution)
-    value, stats, samples, _ = run(f, task, params, x, z0, backward_probe)
-    return returned(value, stats, samples, return_stats)
+    task = _Task(solver, policies, batched, sample_at, execution)
+    solution = _run(f, params, x, z0, task, backward_probe)
+    return returned(solution.value, solution.stats, solution.samples, return_stats)
 
 
 def solve_fixed_point(
@@ -108,11 +199,163 @@ def solve_fixed_point(
     Returns:
         `Solution` with `value`, like `z0`, and `stats`. No gradient flows through either.
     """
-    check_solver("solver", solver)
-    z0 = cast(initial_state(x, z0, batched), execution.state_dtype)
-    task = Task(solver, (), batched, execution=execution)
-    value, stats, *_ = run(f, task, params, x, z0, None)
-    return Solution(value, stats)
+    return _run(f, params, x, z0, _Task(solver, (), batched, (), execution), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What is to be done with an equation.
+
+    Attributes:
+        solver: the solver.
+        policies: gradient policies of the value and of each sample; empty for no gradient.
+        batched: axis 0 is the batch.
+        sample_at: see `solve`.
+        execution: how to do it.
+    """
+
+    solver: Solver
+    policies: tuple[GradientPolicy, ...]
+    batched: bool
+    sample_at: tuple[int, ...]
+    execution: Execution
+
+    def __post_init__(self) -> None:
+        check_solver("solver", self.solver)
+        checks.check_bool("batched", self.batched)
+        check_samples(self.sample_at, self.solver)
+        if not isinstance(self.execution, Execution):
+            raise TypeError(f"execution must be an Execution(...), got {self.execution!r}")
+        for policy in self.policies:
+            check_policy("gradient", policy)
+            policy.check(self.solver)
+        shrink_to = f"Execution(shrink_to={self.execution.shrink_to})"
+        if self.execution.shrink_to is not None and not self.batched:
+            raise ValueError(f"{shrink_to} needs samples that can leave, but batched=False has none")
+        if self.execution.shrink_to is not None and any(map(differentiates_solver, self.policies)):
+            raise ValueError(
+                f"{shrink_to} does not go with gradient={self.policies[0]!r}, which differentiates "
+                "the solver itself, in a loop of scans"
+            )
+
+
+def _run(
+    f: Cell,
+    params: PyTree,
+    x: PyTree,
+    z0: PyTree | None,
+    task: _Task,
+    probe: BackwardProbe | None,
+) -> Solution:
+    """Checks and casts the arguments, closes f and solves."""
+    if not callable(f):
+        raise TypeError(f"f must be a function f(params, z, x), got {f!r}")
+    z0 = precision.cast(initial_state(x, z0, task.batched), task.execution.state_dtype)
+    _check_probe(probe, z0, task.batched)
+    batch = jax.tree.leaves(z0)[0].shape[0] if task.batched else 1
+    shrink_to, dtype = task.execution.shrink_to, task.execution.cell_dtype
+    fewer = () if shrink_to is None else sizes(batch, shrink_to)
+    if shrink_to is not None:
+        sharding.check_batch(f"Execution(shrink_to={shrink_to}) gathers samples of x", x, batch)
+    value_only = _compat.at_top_level()
+
+    def whole(
+        f: Held, params: Held, x: Held, z0: PyTree, held: Held, probe: BackwardProbe | None
+    ) -> Solution:
+        # Cast before f is traced, so that no trip of a loop casts params and x.
+        given = precision.cast((params.value, x.value), dtype)
+        closed = close(
+            f.value,
+            *given,
+            z0,
+            batched=task.batched,
+            cell_dtype=dtype,
+            sizes=fewer,
+            value_only=value_only,
+        )
+        return _solve_compiled(closed, z0, held, probe, task.batched, task.sample_at)
+
+    held = Held((task.solver, task.policies))
+    mesh = sharding.find_mesh(task.execution.shard_axis, x, z0, task.batched)
+    arguments = Held(f), Held(params), Held(x), z0, held, probe
+    if mesh is None:
+        return whole(*arguments)
+    return sharding.solve_shards(whole, arguments, task.execution.shard_axis, mesh, task)
+
+
+def _solve(
+    f: Closure,
+    z0: PyTree,
+    held: Held,
+    probe: BackwardProbe | None,
+    batched: bool,
+    sample_at: tuple[int, ...],
+) -> Solution:
+    """Solves, and gives the solution its derivative; compiled once for equal programs."""
+
+    def run(f: Closure, z0: PyTree, held: Held, probe: BackwardProbe | None) -> Solution:
+        solver, policies = held.value
+        if not batched:
+            z0 = add_batch_axis(z0)
+            if probe is not None:
+                per_sample = map(jnp.atleast_1d, probe[:3])
+                probe = BackwardProbe(*per_sample, evaluations=probe.evaluations)
+        z0 = jax.lax.stop_gradient(tree.vary_over(z0, tree.varying_axes(f)))
+        solution = _solve_and_attach(f, z0, solver, policies, probe, sample_at)
+        solution = dataclasses.replace(solution, state=None)
+        if batched:
+            return solution
+        return Solution(
+            drop_batch_axis(solution.value),
+            solution.stats.single(),
+            tuple(map(drop_batch_axis, solution.samples)),
+        )
+
+    if _compat.explicit_axes():
+        # The loop's own arrays carry no shardings. JAX distributes them; f runs in its own types.
+        specs = sharding.solution_specs(f, z0, held.value[0], batched, len(sample_at))
+        run = jax.sharding.auto_axes(run, out_sharding=specs)
+    return run(f, z0, held, probe)
+
+
+_solve_compiled = jax.jit(_solve, static_argnames=("batched", "sample_at"))
+
+
+def _solve_and_attach(
+    f: Closure,
+    z0: PyTree,
+    solver: Solver,
+    policies: tuple[GradientPolicy, ...],
+    probe: BackwardProbe | None,
+    sample_at: tuple[int, ...],
+) -> Solution:
+    if policies and differentiates_solver(policies[0]):
+        policy: Any = policies[0]
+        solver = policy.limited(solver)
+        check_samples(sample_at, solver)
+        solution = solve(f, z0, solver, sample_at=sample_at, differentiable=True)
+        stats = jax.lax.stop_gradient(solution.stats)
+        return dataclasses.replace(
+            solution,
+            value=policy.attach(f, solution, solver=solver, probe=probe),
+            stats=stats,
+        )
+    body = LoopBody(jax.lax.stop_gradient(f))
+    solution = jax.lax.stop_gradient(solve(body, z0, solver, sample_at=sample_at))
+    if not policies:
+        return solution
+    value, *samples = (
+        policy.attach(
+            f,
+            dataclasses.replace(solution, value=state),
+            solver=solver,
+            probe=None if i else probe,
+        )
+        for i, (policy, state) in enumerate(
+            zip(policies, (solution.value, *solution.samples), strict=True)
+        )
+    )
+    return dataclasses.replace(solution, value=value, samples=tuple(samples))
 
 
 def solve_adjoint(
@@ -127,8 +370,7 @@ def solve_adjoint(
 ) -> Solution:
     """Solves `u = Jᵀ u + y`, J = ∂f/∂z at `z`: the backward pass by itself, to look at.
 
-    Compiled anew at every eager call; put `jax.jit` around it to call it often. No gradient flows
-    through it.
+    No gradient flows through it.
 
     Args:
         f: as for `deq_fixed_point`.
@@ -148,26 +390,38 @@ def solve_adjoint(
     """
     if not is_linear_solver(solver):
         check_solver("solver", solver)
+    checks.check_bool("batched", batched)
     z = initial_state(x, z, batched)
-    shapes = [jax.tree.map(jnp.shape, tree) for tree in (z, cotangent)]
+    shapes: list[Any] = [jax.tree.map(jnp.shape, tree) for tree in (z, cotangent)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"cotangent must be like z: got {shapes[1]}, expected {shapes[0]}")
+    for (name, leaf), y in zip(checks.named_leaves(z), jax.tree.leaves(cotangent), strict=True):
+        if jnp.iscomplexobj(y) and not jnp.iscomplexobj(leaf):
+            raise ValueError(f"cotangent must be real where z is real: leaf {name} is complex")
     cotangent = jax.tree.map(lambda y, z: jnp.asarray(y, z.dtype), cotangent, z)
-    equation, captured = trace_equation(f, params, x, z, batched=batched)
+    closed = close(f, params, x, z, batched=batched)
+    return _solve_adjoint_compiled(closed, z, cotangent, Held(solver), batched)
+
+
+def _solve_adjoint(
+    f: Closure, z: PyTree, cotangent: PyTree, held: Held, batched: bool
+) -> Solution:
     if not batched:
         z, cotangent = add_batch_axis(z), add_batch_axis(cotangent)
-    detached = jax.lax.stop_gradient((z, cotangent, captured.variables))
-    captured = captured._replace(variables=detached[2])
-    z, cotangent = tree.vary_with(detached[:2], captured)
-    _, pullback = jax.vjp(lambda z: equation(captured, z), z)
-    product = prepare(*trace(lambda u: pullback(u)[0], cotangent))
-    u, stats = SolvedInverse(solver)(product, cotangent, None, report=True)
+    f, z, cotangent = jax.lax.stop_gradient((f, z, cotangent))
+    axes = tree.varying_axes((f, z, cotangent))
+    z, cotangent = tree.vary_over((z, cotangent), axes)
+    system = Affine.of(f, z, cotangent, transposed=True)
+    u, stats = Solved(held)(system, report=True)
     return Solution(u, stats) if batched else Solution(drop_batch_axis(u), stats.single())
+
+
+_solve_adjoint_compiled = jax.jit(_solve_adjoint, static_argnames=("batched",))
 
 
 def returned(
     value: PyTree, stats: SolveStats, samples: tuple[PyTree, ...], return_stats: bool
-) -> PyTree | tuple[PyTree, ...]:
+) -> Any:
     """What a layer returns: the value, and behind it what else was asked for."""
     if not (return_stats or samples):
         return value
@@ -180,8 +434,8 @@ def _check_probe(probe: Any, z0: PyTree, batched: bool) -> None:
     if not isinstance(probe, BackwardProbe):
         raise TypeError(f"backward_probe must be a BackwardProbe, got {type(probe).__name__}")
     batch = jax.tree.leaves(z0)[0].shape[:1] if batched else ()
-    expected = BackwardProbe(batch, batch, batch, ())
-    got = BackwardProbe(*(jnp.shape(field) for field in probe))
+    expected = {"residual": batch, "iterations": batch, "status": batch, "evaluations": ()}
+    got = {name: jnp.shape(field) for name, field in probe._asdict().items()}
     if got != expected:
         raise ValueError(
             f"backward_probe does not fit: got shapes {got}, expected {expected}; "
@@ -204,7 +458,12 @@ def _sample_policies(
         policies = tuple(given)
     for policy in policies:
         check_policy("sample_gradient", policy)
-        if isinstance(default, AtSolution) and not isinstance(policy, AtSolution):
+        if differentiates_solver(default) and policy != default:
+            raise ValueError(
+                f"with gradient={default!r} the samples are differentiated in the same way; leave "
+                "sample_gradient out"
+            )
+        if differentiates_solver(policy) and not differentiates_solver(default):
             raise TypeError(
                 f"sample_gradient={policy!r} differentiates the solver itself and goes only with "
                 f"the same gradient, got gradient={default!r}"

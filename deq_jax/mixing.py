@@ -3,7 +3,8 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jax.extend import core
+
+from deq_jax import _compat
 
 _ACROSS = {
     "reduce_sum": lambda params: params["axes"],
@@ -61,10 +62,7 @@ def _mixing(
     for one, other in reversed(live):
         given = [holds_data(atom) for atom in one.invars]
         results = [any(given)] * len(one.outvars)
-        bodies = [
-            [_open(inner) for inner in core.jaxprs_in_params(equation.params)]
-            for equation in (one, other)
-        ]
+        bodies = [_compat.nested(equation) for equation in (one, other)]
         if len(bodies[0]) == len(bodies[1]) == 1 and _is_call(one, bodies[0][0]):
             read = [v in needed for v in one.outvars]
             found, results = _mixing(bodies[0][0], bodies[1][0], read, given)
@@ -107,8 +105,5 @@ def _is_call(equation: Any, body: Any) -> bool:
 
 
 def _is_var(atom: Any) -> bool:
-    return isinstance(atom, core.Var)
+    return isinstance(atom, _compat.Var)
 
-
-def _open(jaxpr: Any) -> Any:
-    return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-from deq_jax.execution import Cell, Execution
+from deq_jax.closure import Cell
+from deq_jax.execution import Execution
 from deq_jax.fixed_point import deq_fixed_point, returned
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
 from deq_jax.solvers.anderson import Anderson
-from deq_jax.solvers.loop import Solver
+from deq_jax.solve import Solver
 from deq_jax.stability.normalization import Normalization
 from deq_jax.stats import BackwardProbe
 

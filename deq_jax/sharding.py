@@ -6,6 +6,7 @@ all shards share goes in replicated, and is made to vary over the axis at once, 
 cotangent is summed over the shards at one place, behind all loops.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +17,42 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deq_jax.solvers.loop import Run
-from deq_jax.stats import BackwardProbe, SolveStats
+from deq_jax import checks
+from deq_jax.closure import Closure
+from deq_jax.stats import BackwardProbe, Solution, SolveStats
 
 PyTree = Any
-Solve = Callable[[PyTree, PyTree, PyTree, BackwardProbe | None], Run]
+
+
+def solution_specs(f: Closure, z0: PyTree, solver: Any, batched: bool, samples: int) -> Solution:
+    """Partition specs of a solution on a mesh with explicit axes: the batch is sharded as it was.
+
+    Args:
+        f: the equation.
+        z0: the start.
+        solver: the solver.
+        batched: axis 0 is the batch.
+        samples: how many sampled states there are.
+    """
+    own = [a for a, mine in zip(f.arrays, f.program.per_sample, strict=True) if mine]
+    specs = [jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves((z0, own))]
+    batch = next((spec[0] for spec in specs if batched and len(spec) and spec[0]), None)
+    per_sample = P(batch) if batched else P()
+
+    def of_state(start: jax.Array) -> P:
+        spec = jax.typeof(start).sharding.spec
+        return P(batch, *spec[1:]) if batched else spec
+
+    state = jax.tree.map(of_state, z0)
+    stats: Any = SolveStats(
+        per_sample,  # type: ignore[arg-type]
+        per_sample,  # type: ignore[arg-type]
+        per_sample,  # type: ignore[arg-type]
+        P(),  # type: ignore[arg-type]
+        P(None, *per_sample) if solver.trace else None,  # type: ignore[arg-type]
+        P() if getattr(solver, "linearizes", False) else None,  # type: ignore[arg-type]
+    )
+    return Solution(state, stats, (state,) * samples, None)
 
 
 def check_axis(owner: object, name: str) -> None:
@@ -67,7 +99,12 @@ def find_mesh(axis: str | None, x: PyTree, z0: PyTree, batched: bool) -> Abstrac
             f"{name} needs all other axes of its mesh to be of type AxisType.Auto, but {explicit} "
             "are AxisType.Explicit; make the mesh with axis_types=..."
         )
-    _check_batch(name, x, z0, mesh.shape[axis])
+    batch, shards = jax.tree.leaves(z0)[0].shape[0], mesh.shape[axis]
+    if batch % shards:
+        raise ValueError(
+            f"{name} has {shards} shards, which must divide the batch, got a batch of {batch}"
+        )
+    check_batch(f"{name} splits axis 0 of x", x, batch)
     return mesh
 
 
@@ -76,65 +113,56 @@ def _explicit_axes(mesh: AbstractMesh) -> list[str]:
     return [name for name, kind in kinds if kind == AxisType.Explicit]
 
 
-def _check_batch(name: str, x: PyTree, z0: PyTree, shards: int) -> None:
-    batch = jax.tree.leaves(z0)[0].shape[0]
-    if batch % shards:
-        raise ValueError(
-            f"{name} has {shards} shards, which must divide the batch, got a batch of {batch}"
-        )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+def check_batch(why: str, x: PyTree, batch: int) -> None:
+    """Raises a ValueError that begins with `why` unless axis 0 of all leaves of x is the batch."""
+    for name, leaf in checks.named_leaves(x):
         if jnp.shape(leaf)[:1] != (batch,):
             raise ValueError(
-                f"{name} splits axis 0 of every leaf of x, which must be the batch of {batch}: "
-                f"leaf {jax.tree_util.keystr(path) or '(the whole of x)'} has shape "
-                f"{jnp.shape(leaf)}; what all samples share belongs into params"
+                f"{why}, so every leaf of x must have the batch on axis 0: leaf {name}: got shape "
+                f"{jnp.shape(leaf)}, expected ({batch}, ...); what is the same for all samples "
+                "belongs in params"
             )
 
 
-def over_shards(solve: Solve, axis: str, mesh: AbstractMesh) -> Solve:
-    """`solve(params, x, z0, probe)`, for each shard of the batch by itself.
+def solve_shards(
+    solve: Callable[..., Solution], arguments: Any, axis: str, mesh: AbstractMesh, task: Any
+) -> Solution:
+    """`solve(*arguments)` for each shard of the batch by itself.
 
     Args:
-        solve: solves for a batch.
+        solve: solves for a batch, given f, params, x, z0, solver and policies, and the probe.
+        arguments: these.
         axis: the mesh axis.
         mesh: its mesh, from `find_mesh`.
+        task: all else that tells one solve from another; hashable.
 
     Returns:
-        A function with the same arguments and results for the whole batch. `evaluations` and
-        `products`, in the statistics and in the probe, are those of the shard with the most.
+        The solution. `evaluations` and `products`, in the statistics and in the probe, are those
+        of the shard with the most.
     """
+    f, *_ = arguments
+    function = functools.partial(_over_shards, solve, axis, mesh)
+    return jax.jit(function)(*arguments)
+
+
+def _over_shards(
+    solve: Callable[..., Solution], axis: str, mesh: AbstractMesh,
+    f: PyTree, params: PyTree, x: PyTree, z0: PyTree, held: PyTree, probe: BackwardProbe | None,
+) -> Solution:  # fmt: skip
     across = P(axis)
 
-    def local(params: PyTree, x: PyTree, z0: PyTree, probe: BackwardProbe | None) -> Run:
+    def local(shared: PyTree, x: PyTree, z0: PyTree, probe: BackwardProbe | None) -> Solution:
         if probe is not None:
             probe = probe._replace(evaluations=probe.evaluations[0])
-        run = solve(params, x, z0, probe)
-        return run._replace(stats=_with_counts(run.stats, lambda count: count[None]))
+        f, params, held = shared
+        solution = solve(f, params, x, z0, held, probe)
+        return _with_counts(solution, lambda count: count[None])
 
-    stats = SolveStats(across, across, across, across, P(None, axis), across)
-    mapped = _mapped(local, axis, mesh, Run(across, stats, across, None))
-
-    def whole(params: PyTree, x: PyTree, z0: PyTree, probe: BackwardProbe | None) -> Run:
-        if probe is not None:
-            probe = probe._replace(evaluations=_one_each(probe.evaluations, mesh.shape[axis]))
-        run = mapped(params, x, z0, probe)
-        return run._replace(stats=_with_counts(run.stats, jnp.max))
-
-    return jax.jit(whole)
-
-
-def captures(
-    function: Callable[[PyTree, PyTree, PyTree], PyTree],
-    axis: str,
-    mesh: AbstractMesh,
-    params: PyTree,
-    x: PyTree,
-    z0: PyTree,
-) -> bool:
-    """Whether `function(params, x, z0)` of a shard uses traced arrays besides its arguments."""
-    mapped = _mapped(function, axis, mesh, P(axis))
-    constants = jax.make_jaxpr(mapped)(params, x, z0).consts
-    return any(isinstance(constant, jax.core.Tracer) for constant in constants)
+    specs: Any = SolveStats(*[across] * 4, P(None, axis), across)  # type: ignore[arg-type]
+    mapped = _mapped(local, axis, mesh, Solution(across, specs, across, None))  # type: ignore
+    if probe is not None:
+        probe = probe._replace(evaluations=_one_each(probe.evaluations, mesh.shape[axis]))
+    return _with_counts(mapped((f, params, held), x, z0, probe), jnp.max)
 
 
 def _mapped(
@@ -168,9 +196,11 @@ def _vary(leaf: Any, axis: str) -> Any:
     return lax.pcast(leaf, axis, to="varying") if inexact else leaf
 
 
-def _with_counts(stats: SolveStats, change: Callable[[jax.Array], jax.Array]) -> SolveStats:
+def _with_counts(solution: Solution, change: Callable[[jax.Array], jax.Array]) -> Solution:
+    stats = solution.stats
     products = None if stats.products is None else change(stats.products)
-    return stats._replace(evaluations=change(stats.evaluations), products=products)
+    stats = stats._replace(evaluations=change(stats.evaluations), products=products)
+    return dataclasses.replace(solution, stats=stats)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -1,6 +1,8 @@
 """What a solve reports: one status a sample, and the numbers behind it."""
 
+import dataclasses
 import enum
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -56,11 +58,25 @@ class SolveStats(NamedTuple):
         )
 
 
-class Solution(NamedTuple):
-    """A solve's `value` (the state, a pytree like `z0`) and its `stats`."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """What every solve returns. `value, stats = solution` takes the first two.
+
+    Attributes:
+        value: the state, a pytree like `z0`.
+        stats: the report.
+        samples: the states at the evaluations asked for, a tuple of pytrees like `value`.
+        state: what the solver remembers at the end; None where the solve does not give it away.
+    """
 
     value: Any
     stats: SolveStats
+    samples: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.value, self.stats))
 
 
 class BackwardProbe(NamedTuple):

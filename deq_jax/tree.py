@@ -7,12 +7,15 @@ float32, or in the leaf's own precision where that is wider.
 For whole-tree arithmetic without a batch use `optax.tree`; what stands here is what it lacks.
 """
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from deq_jax import _compat
 
 PyTree = Any
 
@@ -55,12 +58,24 @@ def dot(a: PyTree, b: PyTree) -> jax.Array:
             product = a.astype(dtype) * b.astype(dtype)
         return product.sum(axes)
 
-    return sum(jax.tree.leaves(jax.tree.map(leaf_dot, a, b)))
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf_dot, a, b)))
 
 
 def norm(a: PyTree) -> jax.Array:
     """Euclidean norm of each sample over all leaves, `[B]`."""
     return jnp.sqrt(dot(a, a))
+
+
+def safe_norm(a: PyTree) -> jax.Array:
+    """`norm(a)` where squares would overflow or vanish, too."""
+    scale_of_a = unit_scale(a)
+    return norm(scale(scale_of_a, a)) / scale_of_a
+
+
+def any_of(flags: jax.Array, mesh_axes: tuple[str, ...]) -> jax.Array:
+    """`jnp.any(flags)`, over the devices along these axes of a `shard_map` too."""
+    found = jnp.any(flags)
+    return lax.pmax(found.astype(jnp.int32), mesh_axes) > 0 if mesh_axes else found
 
 
 def largest(a: PyTree) -> jax.Array:
@@ -90,7 +105,8 @@ def scale(factor: jax.Array | float, a: PyTree) -> PyTree:
 
     def leaf_scale(leaf: jax.Array) -> jax.Array:
         wide = working_dtype(leaf.dtype)
-        return (over_samples(factor, leaf).astype(wide) * leaf.astype(wide)).astype(leaf.dtype)
+        broad = over_samples(factor, leaf) if factor.ndim else factor
+        return (broad.astype(wide) * leaf.astype(wide)).astype(leaf.dtype)
 
     return jax.tree.map(leaf_scale, a)
 
@@ -107,7 +123,7 @@ def take(a: PyTree, index: jax.Array) -> PyTree:
     """The samples `index` `[n]`, all different, of every leaf: `[n, ...]`."""
 
     def leaf_take(leaf: jax.Array) -> jax.Array:
-        return leaf.at[index].get(mode="promise_in_bounds", unique_indices=True)
+        return jnp.asarray(leaf).at[index].get(mode="promise_in_bounds", unique_indices=True)
 
     return jax.tree.map(leaf_take, a)
 
@@ -151,27 +167,58 @@ def zeros_per_sample(a: PyTree) -> jax.Array:
     An empty sum instead of `jnp.zeros`: it inherits which mesh axes `a` varies over, which
     `shard_map` demands of a loop carry, and no NaN in `a` can reach it.
     """
-    total = jnp.zeros((), tree_accumulation_dtype(a))
-    for leaf in jax.tree.leaves(flatten_samples(a)):
+    dtype = tree_accumulation_dtype(a)
+
+    def empty_sum(leaf: jax.Array) -> jax.Array:
         empty = lax.slice_in_dim(leaf, 0, 0, axis=1)
-        total = total + jnp.sum(jnp.real(empty), axis=1).astype(total.dtype)
-    return total
+        return jnp.sum(jnp.real(empty), axis=1).astype(dtype)
+
+    return functools.reduce(jnp.add, map(empty_sum, jax.tree.leaves(flatten_samples(a))))
 
 
-def vary_with(a: PyTree, others: PyTree) -> PyTree:
-    """`a`, made to vary over every mesh axis that any leaf of `a` or `others` varies over.
+def varying_axes(a: PyTree) -> frozenset[str]:
+    """The mesh axes of a `shard_map` over which any leaf varies; empty outside of one."""
+    return frozenset().union(*map(_compat.varying_axes, jax.tree.leaves(a)))
 
-    Inside `shard_map` the start of a loop must vary as the loop's body makes it vary: over the
-    axes of all that f uses, not of its own data alone (zeros vary over none). Elsewhere this is
-    `a` itself. Differentiable: the cotangent is summed over the axes that were added.
+
+def vary_over(a: PyTree, axes: frozenset[str]) -> PyTree:
+    """`a`, made to vary over these mesh axes of a `shard_map` too.
+
+    The start of a loop must vary as the loop's body makes it vary: over the axes of all that f
+    uses, not of its own data alone (zeros vary over none). Differentiable: the cotangent is summed
+    over the axes that were added.
     """
-    if not jax.sharding.get_abstract_mesh().manual_axes:
-        return a
-    nothing = jnp.zeros(())
-    for leaf in jax.tree.leaves((a, others)):
-        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        empty = jnp.real(jnp.asarray(leaf).reshape(-1)[:0])
-        nothing = nothing + jnp.sum(empty).astype(nothing.dtype)
-    nothing = lax.stop_gradient(nothing)
-    return jax.tree.map(lambda leaf: leaf + nothing.astype(leaf.dtype), a)
+
+    def vary(leaf: jax.Array) -> jax.Array:
+        missing = axes - _compat.varying_axes(leaf)
+        return lax.pcast(leaf, tuple(sorted(missing)), to="varying") if missing else leaf
+
+    return jax.tree.map(vary, a)
+
+
+def unit_scale(*trees: PyTree) -> jax.Array:
+    """A power of two s for each sample, `[B]`, so that squares of `s * a` stay in range.
+
+    It is 1 at all ordinary sizes. Far above them the largest entry becomes 1. Far below, s is such
+    that the iterates of a solve may also grow to 1 before their squares overflow. Products with a
+    power of two are exact, so a solve takes the same steps at every scale.
+    """
+    largest_entry = jnp.stack([largest(a) for a in trees]).max(0)
+    usable = jnp.isfinite(largest_entry) & (largest_entry > 0)
+    _, exponent = jnp.frexp(jnp.where(usable, largest_entry, 1))
+    shift = jnp.where(exponent > 0, -exponent, -exponent * 5 // 8)
+    shift = jnp.where(is_ordinary(exponent, largest_entry.dtype), 0, shift)
+    return power_of_two(shift, largest_entry.dtype)
+
+
+def is_ordinary(exponent: jax.Array, dtype: Any) -> jax.Array:
+    """Whether numbers of about `2 ** exponent` can be squared without a thought."""
+    most = jnp.finfo(dtype).maxexp
+    return (exponent >= -most // 4) & (exponent <= most // 3)
+
+
+def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
+    """`2 ** exponent`, exactly, for exponents of normal numbers."""
+    limits = jnp.finfo(dtype)
+    exponent = jnp.clip(exponent, limits.minexp + 2, limits.maxexp - 2)
+    return jnp.ldexp(jnp.ones(exponent.shape, dtype), exponent)

@@ -28,8 +28,8 @@ from deq_jax import (
     deq_fixed_point,
     solve_fixed_point,
 )
-from deq_jax.parts import sizes
-from deq_jax.solvers.shrinking import batch_axes
+from deq_jax.shrinking import sizes
+from deq_jax.shrinking import batch_axes
 from tests.reference import implicit_gradient, newton_equilibrium, relative_error
 
 BATCH, WIDTH = 7, 4

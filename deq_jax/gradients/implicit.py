@@ -16,20 +16,20 @@ import dataclasses
 from typing import Any
 
 from deq_jax import checks
-from deq_jax.equation import Captured, Traced
-from deq_jax.gradients.linear import SolvedInverse
-from deq_jax.gradients.policy import AtSolution
-from deq_jax.gradients.rule import at_solution
+from deq_jax.adjoint import Solved, attach
+from deq_jax.checks import Real
+from deq_jax.closure import Closure, Held
+from deq_jax.linear.krylov import LinearSolver
+from deq_jax.solve import Solver, check_solver
 from deq_jax.solvers.broyden import Broyden
-from deq_jax.solvers.krylov import LinearSolver
-from deq_jax.solvers.loop import Run, Solver, check_solver
-from deq_jax.stats import BackwardProbe
+from deq_jax.stats import BackwardProbe, Solution
 
 PyTree = Any
 
 
+@checks.register_options
 @dataclasses.dataclass(frozen=True)
-class Implicit(AtSolution):
+class Implicit:
     """Gradient by the implicit function theorem: exact up to the tolerance of its linear solve.
 
     Bias: that of z* and of u, each bounded by its tolerance; the gradient's error is roughly the
@@ -61,7 +61,7 @@ class Implicit(AtSolution):
     """
 
     solver: Solver | LinearSolver | None = None
-    tol: float | None = None
+    tol: Real | None = None
     max_iter: int | None = None
     reuse: bool = False
 
@@ -86,10 +86,11 @@ class Implicit(AtSolution):
                 f"Implicit can set {sorted(changes)} only on a solver that is a dataclass, "
                 f"got {type(solver).__name__}; set them on the solver itself"
             )
-        return dataclasses.replace(solver, **changes)
+        options: Any = solver
+        return dataclasses.replace(options, **changes)
 
     def check(self, solver: Solver) -> None:
-        """See `AtSolution`."""
+        """See `GradientPolicy`."""
         if self.reuse and not isinstance(solver, Broyden):
             raise TypeError(
                 "Implicit(reuse=True) starts from the inverse estimate of Broyden(...), but the "
@@ -97,18 +98,12 @@ class Implicit(AtSolution):
             )
 
     def attach(
-        self,
-        equation: Traced,
-        captured: Captured,
-        run: Run,
-        z: PyTree,
-        solver: Solver,
-        probe: BackwardProbe | None,
+        self, f: Closure, solution: Solution, *, solver: Solver, probe: BackwardProbe | None
     ) -> PyTree:
-        """See `AtSolution`."""
-        inverse = SolvedInverse(self.backward_solver(solver))
-        estimate = run.solver_state.inverse if self.reuse else None
-        return at_solution(equation, inverse, captured, z, estimate, probe)
+        """See `GradientPolicy`."""
+        estimate = solution.state.inverse if self.reuse else None
+        inverse = Solved(Held(self.backward_solver(solver)), estimate)
+        return attach(f, solution.value, inverse, probe)
 
 
 def is_linear_solver(solver: Any) -> bool:

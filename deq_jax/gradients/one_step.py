@@ -6,18 +6,19 @@ Source: Fung et al., "JFB: Jacobian-free backpropagation for implicit networks",
 import dataclasses
 from typing import Any
 
-from deq_jax.equation import Captured, Traced
-from deq_jax.gradients.neumann import TruncatedSeries
-from deq_jax.gradients.policy import AtSolution
-from deq_jax.gradients.rule import at_solution
-from deq_jax.solvers.loop import Run, Solver
-from deq_jax.stats import BackwardProbe
+from deq_jax import checks
+from deq_jax.adjoint import attach
+from deq_jax.closure import Closure
+from deq_jax.gradients.neumann import Series
+from deq_jax.solve import Solver
+from deq_jax.stats import BackwardProbe, Solution
 
 PyTree = Any
 
 
+@checks.register_options
 @dataclasses.dataclass(frozen=True)
-class OneStep(AtSolution):
+class OneStep:
     """Gradient of one application of f at the solution: `(p̄, x̄) = (∂f/∂(params, x))ᵀ y`.
 
     The first derivatives of `f(params, stop_gradient(z*), x)`. Bias: Jᵀ is neglected, so it is
@@ -27,14 +28,11 @@ class OneStep(AtSolution):
     A `BackwardProbe` reports the neglected `‖Jᵀ y‖ / ‖y‖` at the cost of one more product.
     """
 
+    def check(self, solver: Solver) -> None:
+        """See `GradientPolicy`."""
+
     def attach(
-        self,
-        equation: Traced,
-        captured: Captured,
-        run: Run,
-        z: PyTree,
-        solver: Solver,
-        probe: BackwardProbe | None,
+        self, f: Closure, solution: Solution, *, solver: Solver, probe: BackwardProbe | None
     ) -> PyTree:
-        """See `AtSolution`."""
-        return at_solution(equation, TruncatedSeries(1, 1.0), captured, z, None, probe)
+        """See `GradientPolicy`."""
+        return attach(f, solution.value, Series(damping=1.0, terms=1), probe)

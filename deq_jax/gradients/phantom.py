@@ -4,7 +4,6 @@ Source: Geng et al., "On training implicit models", 2021.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -12,17 +11,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax import checks, tree
-from deq_jax.equation import Captured, Traced, trace
-from deq_jax.gradients.policy import AtSolution
-from deq_jax.gradients.prepared import prepare
-from deq_jax.solvers.loop import Run, Solver
-from deq_jax.stats import BackwardProbe
+from deq_jax.checks import Real
+from deq_jax.closure import Closure
+from deq_jax.gradients.policy import refuse_probe
+from deq_jax.passes import LoopBody
+from deq_jax.solve import Solver
+from deq_jax.stats import BackwardProbe, Solution
 
 PyTree = Any
 
 
+@checks.register_options
 @dataclasses.dataclass(frozen=True)
-class Phantom(AtSolution):
+class Phantom:
     """Gradient of k damped steps `z_{t+1} = (1 - τ) z_t + τ f(params, z_t, x)` from `z_0 = z*`.
 
     The gradient is that of z_k, the value stays z*. At an exact solution it equals
@@ -45,88 +46,78 @@ class Phantom(AtSolution):
     """
 
     steps: int = 5
-    damping: float = 0.5
+    damping: Real = 0.5
 
     def __post_init__(self) -> None:
         checks.check_count(self, "steps")
         checks.check_number(self, "damping", above=0.0, at_most=1.0)
 
+    def check(self, solver: Solver) -> None:
+        """See `GradientPolicy`."""
+
     def attach(
-        self,
-        equation: Traced,
-        captured: Captured,
-        run: Run,
-        z: PyTree,
-        solver: Solver,
-        probe: BackwardProbe | None,
+        self, f: Closure, solution: Solution, *, solver: Solver, probe: BackwardProbe | None
     ) -> PyTree:
-        """See `AtSolution`."""
+        """See `GradientPolicy`."""
         refuse_probe(self, probe)
-        return _stepped(equation, self, *captured, z)
+        f = dataclasses.replace(f, parts=())
+        return _stepped(f, solution.value, self)
 
 
-def refuse_probe(policy: Any, probe: BackwardProbe | None) -> None:
-    """Raises if a probe was passed to a policy that solves no linear system."""
-    if probe is not None:
-        raise ValueError(
-            f"backward_probe reports a linear backward solve, but {policy!r} makes none; leave it "
-            "out, or use Implicit, Neumann or OneStep"
-        )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _stepped(equation, policy, variables, constants, z):
+@jax.custom_vjp
+def _stepped(f: Closure, z: PyTree, policy: Phantom) -> PyTree:
     return z
 
 
-def _stepped_forward(equation, policy, variables, constants, z):
-    return z, (variables, constants, z)
+def _stepped_forward(f: Closure, z: PyTree, policy: Phantom) -> Any:
+    return z, (f, z, policy)
 
 
-def _stepped_backward(equation, policy, saved, cotangent):
-    return *_pull_back(equation, policy, *saved, cotangent), None, None
+def _stepped_backward(saved: Any, cotangent: PyTree) -> Any:
+    f, z, policy = saved
+    variables, rebuild = f.variables()
+    total = iter(_pull_back(f, z, policy, cotangent))
+    leaves = [next(total) if mine else None for mine in f.inexact()]
+    return jax.tree.unflatten(jax.tree.structure(f), leaves), None, None
 
 
 _stepped.defvjp(_stepped_forward, _stepped_backward)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _pull_back(equation, policy, variables, constants, z, cotangent):
-    """The cotangents of the variables, as a tuple of one."""
-    captured = Captured(variables, constants)
-    f = prepare(equation, captured)
+@jax.custom_jvp
+def _pull_back(f: Closure, z: PyTree, policy: Phantom, cotangent: PyTree) -> list[Any]:
+    """The cotangents of the variables of f."""
+    variables, rebuild = f.variables()
+    ready = LoopBody(f)
 
     def step(f_z: PyTree, z: PyTree) -> PyTree:
+        # (1 - τ) z + τ f(z).
         return tree.add(tree.scale(1 - policy.damping, z), tree.scale(policy.damping, f_z))
 
     def pull(point_and_cotangent: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         """One step backwards: cotangents of the variables and of the step's start."""
         point, cotangent = point_and_cotangent
         _, pullback = jax.vjp(
-            lambda variables, z: step(equation(Captured(variables, constants), z), z),
-            variables,
-            point,
+            lambda variables, z: step(rebuild(variables)(z), z), variables, point
         )
         return pullback(cotangent)
 
-    # Traced and prepared as a function of the point: what depends on the variables alone, kernels
-    # among it, is made ready once, before the loop.
-    pull = prepare(*trace(pull, (z, cotangent)))
+    # Traced as a function of the point, and what depends on the variables alone taken out.
+    pull_one = LoopBody(Closure.of(pull, (z, cotangent)))
 
     def body(done: jax.Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         cotangent, total = carry
         before = policy.steps - 1 - done
-        point = lax.fori_loop(0, before, lambda _, z: step(f(z), z), z)
-        added, cotangent = pull((point, cotangent))
+        point = lax.fori_loop(0, before, lambda _, z: step(ready(z), z), z)
+        added, cotangent = pull_one((point, cotangent))
         return cotangent, tree.add(total, added)
 
     nothing = jax.tree.map(jnp.zeros_like, variables)
-    _, total = lax.fori_loop(0, policy.steps, body, (cotangent, nothing))
-    return (total,)
+    return lax.fori_loop(0, policy.steps, body, (cotangent, nothing))[1]
 
 
 @_pull_back.defjvp
-def _no_second_derivatives(equation, policy, primals, tangents):
+def _no_second_derivatives(primals: Any, tangents: Any) -> Any:
     raise TypeError(
-        f"{policy!r} has first derivatives only; take Implicit() or Unrolled() for second ones"
+        f"{primals[2]!r} has first derivatives only; take Implicit() or Unrolled() for second ones"
     )

@@ -1,44 +1,40 @@
-"""What a gradient policy is: it solves an equation and says how the solution is differentiated."""
+"""What a gradient policy is: it says how a solution is differentiated."""
 
-import abc
 from typing import Any, Protocol, runtime_checkable
 
-import jax
-
-from deq_jax.equation import Captured, Traced
-from deq_jax.gradients.prepared import prepare
-from deq_jax.solvers.loop import Run, Solver, iterate
-from deq_jax.stats import BackwardProbe
+from deq_jax.closure import Closure
+from deq_jax.solve import Solver
+from deq_jax.stats import BackwardProbe, Solution
 
 PyTree = Any
 
 
 @runtime_checkable
 class GradientPolicy(Protocol):
-    """How a solution is differentiated; frozen and hashable."""
+    """How a solution is differentiated; any object with these two methods serves.
 
-    def solve(
-        self,
-        equation: Traced,
-        captured: Captured,
-        z0: PyTree,
-        solver: Solver,
-        *,
-        probe: BackwardProbe | None = None,
-        sample_at: tuple[int, ...] = (),
-        sample_policies: tuple["GradientPolicy", ...] = (),
-    ) -> Run:
-        """Solves the equation, with the gradient attached to the value and the samples.
+    A policy that differentiates the solver's own loop sets `unrolled = True`. The solve is then
+    made of scans, by the solver that `solver(...)` returns.
+    """
+
+    def check(self, solver: Solver) -> None:
+        """Raises if the policy cannot serve a solution found by `solver`."""
+        ...
+
+    def attach(
+        self, f: Closure, solution: Solution, *, solver: Solver, probe: BackwardProbe | None
+    ) -> Any:
+        """`solution.value`, with derivatives with respect to the arrays of f.
+
+        The value itself must not change: it is the state whose residual is reported.
 
         Args:
-            equation: f, traced.
-            captured: the arrays it uses.
-            z0: the start, leaves `[B, ...]`.
-            solver: the solver.
-            probe: takes up the report of the backward solve of the value.
-            sample_at: see `iterate`.
-            sample_policies: the policy of each sample.
+            f: the equation; `f(z)` is differentiable in z and in `f.arrays`.
+            solution: what the solver left behind, without derivatives.
+            solver: the solver that found it.
+            probe: takes up the report of the backward solve.
         """
+        ...
 
 
 def check_policy(name: str, policy: Any) -> None:
@@ -49,76 +45,15 @@ def check_policy(name: str, policy: Any) -> None:
         )
 
 
-class AtSolution(abc.ABC):
-    """A policy that needs the solution only, and not how it was found.
+def differentiates_solver(policy: Any) -> bool:
+    """Whether the policy is one that differentiates the solver's own loop."""
+    return getattr(policy, "unrolled", False)
 
-    The solver runs on arrays cut off from differentiation; afterwards `attach` gives its result
-    derivatives. The value is never changed by that: it stays the state whose residual is reported.
-    """
 
-    def solve(
-        self,
-        equation: Traced,
-        captured: Captured,
-        z0: PyTree,
-        solver: Solver,
-        *,
-        probe: BackwardProbe | None = None,
-        sample_at: tuple[int, ...] = (),
-        sample_policies: tuple["AtSolution", ...] = (),
-    ) -> Run:
-        """See `GradientPolicy`."""
-        for policy in (self, *sample_policies):
-            policy.check(solver)
-        run = solve_detached(equation, captured, z0, solver, sample_at)
-        value = self.attach(equation, captured, run, run.value, solver, probe)
-        samples = tuple(
-            policy.attach(equation, captured, run, sample, solver, None)
-            for policy, sample in zip(sample_policies, run.samples, strict=True)
+def refuse_probe(policy: Any, probe: BackwardProbe | None) -> None:
+    """Raises if a probe was passed to a policy that solves no linear system."""
+    if probe is not None:
+        raise ValueError(
+            f"backward_probe reports a linear backward solve, but {policy!r} makes none; leave it "
+            "out, or use Implicit, Neumann or OneStep"
         )
-        return run._replace(value=value, samples=samples)
-
-    def check(self, solver: Solver) -> None:  # noqa: B027  (most policies serve any solver)
-        """Raises if the policy cannot serve a solution found by `solver`."""
-
-    @abc.abstractmethod
-    def attach(
-        self,
-        equation: Traced,
-        captured: Captured,
-        run: Run,
-        z: PyTree,
-        solver: Solver,
-        probe: BackwardProbe | None,
-    ) -> PyTree:
-        """`z`, with derivatives with respect to `captured.variables`.
-
-        Args:
-            equation: f, traced.
-            captured: the arrays it uses.
-            run: what the solver left behind.
-            z: its solution or one of its samples, without derivatives.
-            solver: the solver.
-            probe: takes up the report of the backward solve.
-        """
-
-
-def solve_detached(
-    equation: Traced,
-    captured: Captured,
-    z0: PyTree,
-    solver: Solver,
-    sample_at: tuple[int, ...] = (),
-) -> Run:
-    """Solves the equation; no derivative goes through."""
-    detached = Captured(jax.lax.stop_gradient(captured.variables), captured.constants)
-    prepared = prepare(equation, detached)
-    run = iterate(
-        prepared,
-        jax.lax.stop_gradient(z0),
-        solver,
-        mesh_axes=prepared.mesh_axes,
-        sample_at=sample_at,
-        smaller=prepared.smaller,
-    )
-    return jax.lax.stop_gradient(run)

@@ -1,21 +1,18 @@
 """Backpropagation through the solver: the control that every other policy is compared with."""
 
 import dataclasses
-from typing import Any
-
-import jax
+from typing import Any, ClassVar
 
 from deq_jax import checks
-from deq_jax.equation import Captured, Traced
-from deq_jax.gradients.phantom import refuse_probe
-from deq_jax.gradients.policy import GradientPolicy
-from deq_jax.gradients.prepared import Prepared, communicates
-from deq_jax.solvers.loop import Run, Solver, check_samples, iterate
-from deq_jax.stats import BackwardProbe
+from deq_jax.closure import Closure
+from deq_jax.gradients.policy import refuse_probe
+from deq_jax.solve import Solver
+from deq_jax.stats import BackwardProbe, Solution
 
 PyTree = Any
 
 
+@checks.register_options
 @dataclasses.dataclass(frozen=True)
 class Unrolled:
     """Gradient of the computation that found the returned state, by ordinary differentiation.
@@ -30,10 +27,8 @@ class Unrolled:
     2 √max_iter copies of the solver's state, and one linearisation of f; it is what the other
     policies do without.
 
-    The gradient of a solver's own small systems is taken too. Where Anderson's factorisation fails
-    (a Gram matrix of dependent residuals: in half precision, or at a tolerance of rounding), the
-    gradient of that sample is NaN, and so is that of params, a sum over the batch. The inner solves
-    of NewtonKrylov are differentiated as if they were exact.
+    The gradient of a solver's own small systems is taken too. The inner solves of NewtonKrylov are
+    differentiated as if they were exact.
 
     Attributes:
         steps: most evaluations, in place of the solver's `max_iter`; None leaves that.
@@ -48,59 +43,27 @@ class Unrolled:
         if self.steps is not None:
             checks.check_count(self, "steps")
 
-    def solve(
-        self,
-        equation: Traced,
-        captured: Captured,
-        z0: PyTree,
-        solver: Solver,
-        *,
-        probe: BackwardProbe | None = None,
-        sample_at: tuple[int, ...] = (),
-        sample_policies: tuple[GradientPolicy, ...] = (),
-    ) -> Run:
+    unrolled: ClassVar[bool] = True
+
+    def check(self, solver: Solver) -> None:
         """See `GradientPolicy`."""
-        refuse_probe(self, probe)
-        if any(policy != self for policy in sample_policies):
-            raise ValueError(
-                f"with gradient={self!r} the samples are differentiated in the same way; leave "
-                "sample_gradient out"
+        self.limited(solver)
+
+    def limited(self, solver: Solver) -> Solver:
+        """The solver with `max_iter = steps`."""
+        if self.steps is None:
+            return solver
+        if not dataclasses.is_dataclass(solver):
+            raise TypeError(
+                "Unrolled can set steps only on a solver that is a dataclass, got "
+                f"{type(solver).__name__}; set max_iter on the solver itself"
             )
-        if self.steps is not None:
-            if not dataclasses.is_dataclass(solver):
-                raise TypeError(
-                    "Unrolled can set steps only on a solver that is a dataclass, got "
-                    f"{type(solver).__name__}; set max_iter on the solver itself"
-                )
-            solver = dataclasses.replace(solver, max_iter=self.steps)
-        check_samples(sample_at, solver)
-        f = _Differentiable(equation, captured, communicates(equation, captured))
-        # As many trips on every device of a `shard_map`: backpropagation sums the cotangents of
-        # what is the same on all of them in each trip, and would wait for ever for a device that
-        # made fewer.
-        mesh_axes = {*f.mesh_axes, *jax.sharding.get_abstract_mesh().manual_axes}
-        run = iterate(
-            f,
-            jax.lax.stop_gradient(z0),
-            solver,
-            mesh_axes=tuple(sorted(mesh_axes)),
-            sample_at=sample_at,
-            unrolled=True,
-        )
-        return run._replace(stats=jax.lax.stop_gradient(run.stats))
+        options: Any = solver
+        return dataclasses.replace(options, max_iter=self.steps)
 
-
-@dataclasses.dataclass(frozen=True)
-class _Differentiable:
-    """The traced function as it is, without the preparation, which has no derivatives."""
-
-    equation: Traced
-    captured: Captured
-    mesh_axes: tuple[str, ...]
-
-    def __call__(self, z: PyTree) -> PyTree:
-        return self.equation(self.captured, z)
-
-    def linearize(self, z: PyTree) -> tuple[PyTree, Prepared]:
-        fz, push = jax.linearize(self, z)
-        return fz, Prepared(push, self.mesh_axes, differentiable=True)
+    def attach(
+        self, f: Closure, solution: Solution, *, solver: Solver, probe: BackwardProbe | None
+    ) -> Any:
+        """The value as it is: it was found by a loop that has derivatives."""
+        refuse_probe(self, probe)
+        return solution.value

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deq_jax.execution import Cell
+from deq_jax.closure import Cell
 from deq_jax.fixed_point import deq_fixed_point
-from deq_jax.solvers.loop import Solver
+from deq_jax.solve import Solver
 from deq_jax.solvers.picard import Picard
 from deq_jax.stats import SolveStats
 

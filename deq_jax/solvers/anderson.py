@@ -7,7 +7,9 @@ window instead of extrapolating.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,8 @@ from jax import lax
 from jax.scipy.linalg import cho_solve
 
 from deq_jax import checks, tree
-from deq_jax.solvers import columns
+from deq_jax.checks import Real
+from deq_jax import columns
 
 PyTree = Any
 
@@ -32,8 +35,8 @@ class AndersonState(NamedTuple):
     Attributes:
         residuals: leaves `[B, history, D]`, `g_i = f(z_i) - z_i`.
         targets: leaves `[B, history, D]`, `z_i + β g_i`.
-        gram: `[B, history, history]`, `⟨g_i, g_j⟩`, at least float32.
-        filled: `[B, history]`, the slot holds a pair of this sample's window.
+        gram: `[history, history, B]`, `⟨g_i, g_j⟩`, at least float32.
+        filled: `[history, B]`, the slot holds a pair of this sample's window.
         lowest: `[B]`, lowest `‖g‖` so far.
         slot: int32, the slot to overwrite next.
     """
@@ -46,6 +49,7 @@ class AndersonState(NamedTuple):
     slot: jax.Array
 
 
+@checks.register_options
 @dataclasses.dataclass(frozen=True)
 class Anderson:
     """Anderson acceleration: the best combination of the last m points, then a mixed step.
@@ -57,7 +61,7 @@ class Anderson:
 
     in closed form: `(H + ρ diag H) w = 1`, `α = w / Σ w` with the Gram matrix `H_ij = ⟨g_i, g_j⟩`.
     The ridge is proportional to H, so f and its rescaled twin `s f(z / s)` take the same steps at
-    every scale s; scaled to unit diagonal, the matrix is factorised by Cholesky. One new pair
+    every scale s; scaled to unit diagonal, the matrix is factorised as L D Lᵀ. One new pair
     changes one row of H: m inner products an iteration. Acceleration starts at the second point.
 
     Guards, each per sample: a proposal that hardly moves gives way to the plain step `z + β g`; a
@@ -81,11 +85,11 @@ class Anderson:
     """
 
     history: int = 5
-    mixing: float = 1.0
-    ridge: float = 1e-4
-    tol: float = 1e-4
+    mixing: Real = 1.0
+    ridge: Real = 1e-4
+    tol: Real = 1e-4
     max_iter: int = 50
-    atol: float = 0.0
+    atol: Real = 0.0
     trace: bool = False
 
     def __post_init__(self) -> None:
@@ -94,16 +98,17 @@ class Anderson:
         checks.check_number(self, "ridge", at_least=0.0)
         checks.check_stopping(self)
 
+    scale_free: ClassVar[bool] = True
+
     def init(self, z: PyTree, fz: PyTree) -> AndersonState:
         """An empty window."""
         zeros = tree.zeros_per_sample(z)
-
         flat = tree.flatten_samples(z)
-        row = zeros[:, None] + jnp.zeros(self.history, zeros.dtype)
+        row = jnp.stack([zeros] * self.history)
         return AndersonState(
             residuals=columns.empty(flat, self.history),
             targets=columns.empty(flat, self.history),
-            gram=row[:, :, None] + jnp.zeros(self.history, zeros.dtype),
+            gram=jnp.stack([row] * self.history),
             filled=row > 0,
             lowest=zeros + jnp.inf,
             slot=zeros.sum().astype(jnp.int32),
@@ -113,24 +118,32 @@ class Anderson:
         """Stores the pair of `z` and proposes the minimiser of the window, mixed."""
         original = z
         z, fz = tree.flatten_samples(z), tree.flatten_samples(fz)
+        # The new pair: g = f(z) - z and z + β g take the place of the oldest.
         g = tree.subtract(fz, z)
-        plain = fz if self.mixing == 1.0 else tree.add(z, tree.scale(self.mixing, g))
+        one = checks.is_exactly(self.mixing, 1)
+        plain = fz if one else tree.add(z, tree.scale(self.mixing, g))
         residuals = columns.store(state.residuals, g, state.slot)
         targets = columns.store(state.targets, plain, state.slot)
 
-        row = columns.inner_products(residuals, g)
-        gram = lax.dynamic_update_index_in_dim(state.gram, row, state.slot, 1)
-        gram = lax.dynamic_update_index_in_dim(gram, row, state.slot, 2)
-        # What only decides has no derivative: that of a root at zero would be infinite.
-        size = lax.stop_gradient(row)
-        size = jnp.sqrt(lax.dynamic_index_in_dim(size, state.slot, 1, keepdims=False))
-        newest = jnp.arange(self.history, dtype=state.slot.dtype) == state.slot
-        blown_up = size > _BLOW_UP * state.lowest
-        filled = newest | (state.filled & ~blown_up[:, None])
+        # Its row and column of the Gram matrix, H_ij = ⟨g_i, g_j⟩.
+        row = columns.inner_products(residuals, g).T
+        gram = lax.dynamic_update_index_in_dim(state.gram, row, state.slot, 0)
+        gram = lax.dynamic_update_index_in_dim(gram, row, state.slot, 1)
 
+        # Which pairs count: the newest, and the others unless the residual has blown up. What only
+        # decides has no derivative: that of a root at zero would be infinite.
+        size = lax.stop_gradient(row)
+        size = jnp.sqrt(lax.dynamic_index_in_dim(size, state.slot, 0, keepdims=False))
+        newest = (jnp.arange(self.history, dtype=state.slot.dtype) == state.slot)[:, None]
+        blown_up = size > _BLOW_UP * state.lowest
+        filled = newest | (state.filled & ~blown_up[None])
+
+        # α from (H + ρ diag H) w = 1, α = w / Σ w; then z_{k+1} = Σ α_i (z_i + β g_i).
         weights, solved = _minimiser(gram, filled, self.ridge)
-        weights = jnp.where(solved[:, None], weights, newest.astype(weights.dtype))
-        proposal = columns.combine(weights, targets)
+        weights = jnp.where(solved[None], weights, newest.astype(weights.dtype))
+        proposal = columns.combine(weights.T, targets)
+
+        # A proposal that hardly moves gives way to the plain step.
         moved = tree.norm(lax.stop_gradient(tree.subtract(proposal, z)))
         proposal = tree.where(moved < _STAGNATION * size, plain, proposal)
         proposal = jax.tree.map(lambda p, z: p.reshape(z.shape), proposal, original)
@@ -138,35 +151,88 @@ class Anderson:
             residuals=residuals,
             targets=targets,
             gram=gram,
-            filled=newest | (filled & solved[:, None]),
+            filled=newest | (filled & solved[None]),
             lowest=jnp.minimum(state.lowest, size),
             slot=(state.slot + 1) % self.history,
         )
 
 
-def _minimiser(gram: jax.Array, filled: jax.Array, ridge: float) -> tuple[jax.Array, jax.Array]:
-    """Weights `[B, m]` of the window's smallest residual, and where `[B]` they could be had.
+def _minimiser(gram: jax.Array, filled: jax.Array, ridge: Any) -> tuple[jax.Array, jax.Array]:
+    """Weights `[m, B]` of the window's smallest residual, and where `[B]` they could be had.
 
     Rows and columns are scaled to a unit diagonal, which makes the ridge relative and keeps pairs
     of very different size apart from rounding. An empty slot becomes a row of the identity with
     right-hand side 0: weight 0 at a static shape.
     """
-    slots = gram.shape[-1]
-    diagonal = jnp.diagonal(gram, axis1=1, axis2=2)
-    usable = filled & (diagonal > 0)
-    scale = jnp.where(usable, lax.rsqrt(jnp.where(usable, diagonal, 1)), 0)
-    correlation = jnp.where(
-        usable[:, :, None] & usable[:, None, :],
-        gram * scale[:, :, None] * scale[:, None, :],
-        0,
-    )
+    slots = len(gram)
+    diagonal = [gram[i, i] for i in range(slots)]
+    usable = [filled[i] & (diagonal[i] > 0) for i in range(slots)]
+    scale = [
+        jnp.where(u, lax.rsqrt(jnp.where(u, d, 1)), 0)
+        for u, d in zip(usable, diagonal, strict=True)
+    ]
     # Rounding leaves an error of about m ε in the scaled matrix; below it a ridge does nothing.
-    ridge = max(ridge, 2 * slots * float(jnp.finfo(gram.dtype).eps))
-    identity = jnp.eye(slots, dtype=gram.dtype)
-    matrix = correlation * (1 - identity) + (1 + ridge) * identity
+    least = 2 * slots * float(jnp.finfo(gram.dtype).eps)
+    ridge = jnp.maximum(jnp.asarray(ridge, gram.dtype), least)
+
+    def entry(i: int, j: int) -> jax.Array:
+        return jnp.where(usable[i] & usable[j], gram[i, j] * scale[i] * scale[j], 0)
+
+    solve = _solve_unrolled if slots <= _UNROLLED else _solve_by_cholesky
+    w, solved = solve(entry, 1 + ridge, scale)
+    w = [s * w for s, w in zip(scale, w, strict=True)]
+    total = functools.reduce(jnp.add, w)
+    positive = total > 0
+    weights = jnp.stack(w) / jnp.where(positive, total, 1)[None]
+    return weights, solved & positive & jnp.isfinite(weights).all(0)
+
+
+_UNROLLED = 10
+"""Up to this history the factorisation is written out, elementwise over the batch."""
+
+
+def _solve_unrolled(
+    entry: Callable[[int, int], jax.Array], diagonal: jax.Array, rhs: list[jax.Array]
+) -> tuple[list[jax.Array], jax.Array]:
+    """Solves `A w = rhs` by A = L D Lᵀ, and says where `[B]` all pivots are positive.
+
+    `entry(i, j)` is A_ij `[B]` off the diagonal. A pivot that fails is replaced by 1, so that
+    neither the solution nor its derivative is NaN.
+    """
+    count = len(rhs)
+    lower: list[list[jax.Array]] = []  # L_ij for j < i
+    pivots: list[jax.Array] = []
+    solved = rhs[0] == rhs[0]
+    for i in range(count):
+        row: list[jax.Array] = []  # L_ij d_j
+        for j in range(i):
+            row.append(entry(i, j) - _sum_of_products(row, lower[j]))
+        lower.append([r / d for r, d in zip(row, pivots, strict=True)])
+        pivot = diagonal - _sum_of_products(row, lower[i])
+        solved &= pivot > 0
+        pivots.append(jnp.where(pivot > 0, pivot, 1))
+    # L y = rhs, then Lᵀ w = y / d.
+    w: list[jax.Array] = []
+    for i in range(count):
+        w.append(rhs[i] - _sum_of_products(lower[i], w))
+    w = [y / d for y, d in zip(w, pivots, strict=True)]
+    for i in reversed(range(count)):
+        w[i] = w[i] - _sum_of_products([lower[k][i] for k in range(i + 1, count)], w[i + 1 :])
+    return w, solved
+
+
+def _sum_of_products(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> Any:
+    return sum((x * y for x, y in zip(a, b, strict=False)), start=0.0)
+
+
+def _solve_by_cholesky(
+    entry: Callable[[int, int], jax.Array], diagonal: jax.Array, rhs: list[jax.Array]
+) -> tuple[list[jax.Array], jax.Array]:
+    """`_solve_unrolled` for larger systems, by JAX's batched factorisation."""
+    count = len(rhs)
+    ones = diagonal + 0 * rhs[0]
+    rows = [[entry(i, j) if i != j else ones for j in range(count)] for i in range(count)]
+    matrix = jnp.stack([jnp.stack(row, 1) for row in rows], 1)
     factor = lax.linalg.cholesky(matrix, symmetrize_input=False)
-    w = scale * cho_solve((factor, True), scale[..., None])[..., 0]
-    total = w.sum(1, keepdims=True)
-    weights = w / jnp.where(total > 0, total, 1)
-    solved = jnp.isfinite(weights).all(1) & (total[:, 0] > 0)
-    return weights, solved
+    w = cho_solve((factor, True), jnp.stack(rhs, 1)[..., None])[..., 0]
+    return list(w.T), jnp.isfinite(w).all(1)

@@ -10,14 +10,15 @@ no single one can be dropped.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from deq_jax import checks, tree
-from deq_jax.solvers import columns
+from deq_jax.checks import Real
+from deq_jax import columns
 
 PyTree = Any
 
@@ -85,6 +86,7 @@ class BroydenState(NamedTuple):
     slot: jax.Array
 
 
+@checks.register_options
 @dataclasses.dataclass(frozen=True)
 class Broyden:
     """Good Broyden on `g(z) = f(z) - z = 0`, each sample with an inverse Jacobian of its own.
@@ -119,12 +121,14 @@ class Broyden:
     """
 
     memory: int | None = None
-    step_size: float = 1.0
+    step_size: Real = 1.0
     line_search: bool = False
-    tol: float = 1e-4
+    tol: Real = 1e-4
     max_iter: int = 50
-    atol: float = 0.0
+    atol: Real = 0.0
     trace: bool = False
+
+    scale_free: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.memory is not None:
@@ -139,7 +143,7 @@ class Broyden:
         # The first evaluation brings no pair, the others one each.
         slots = max(1, self.max_iter - 1) if self.memory is None else self.memory
         start = tree.pack(z)
-        vacant = zeros[:, None] + jnp.zeros(slots, zeros.dtype)
+        vacant = zeros[:, None] + jnp.zeros((1, slots), zeros.dtype)
         room = InverseJacobian(columns.empty(start, slots), columns.empty(start, slots), vacant > 0)
         last = slots - 1
         if inverse is not None:  # its terms stay, new ones come behind them
@@ -152,7 +156,7 @@ class Broyden:
             base=start,
             residual=0 * start,
             direction=0 * start,
-            length=zeros + self.step_size,
+            length=zeros + jnp.asarray(self.step_size, zeros.dtype),
             size=zeros + jnp.inf,
             lowest=zeros + jnp.inf,
             slot=zeros.sum().astype(jnp.int32) + last,
@@ -198,7 +202,7 @@ class Broyden:
 
         base = tree.where(rejected, state.base, point)
         direction = tree.where(rejected, state.direction, direction)
-        length = jnp.where(rejected, state.length / 2, self.step_size)
+        length = jnp.where(rejected, state.length / 2, jnp.asarray(self.step_size, size.dtype))
         proposal = tree.unpack(base + tree.scale(length, direction), z)
         return proposal, BroydenState(
             inverse=inverse,
@@ -214,7 +218,7 @@ class Broyden:
     def _rejected(self, size: jax.Array, state: BroydenState) -> jax.Array:
         """`[B]`: the step was too long and is to be halved."""
         if not self.line_search:
-            return jnp.zeros(size.shape, bool)
+            return size < 0
         acceptable = size <= (1 - _DECREASE * state.length) * state.size
         return ~acceptable & (state.length > _SHORTEST * self.step_size)
 

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax import checks, tree
-from deq_jax.solvers.bicgstab import BiCGStab
-from deq_jax.solvers.gmres import GMRES
-from deq_jax.solvers.krylov import agreement, packed
+from deq_jax.checks import Real
+from deq_jax.linear.bicgstab import BiCGStab
+from deq_jax.linear.gmres import GMRES
+from deq_jax.linear.krylov import packed
 
 PyTree = Any
 
@@ -45,6 +46,7 @@ class NewtonState(NamedTuple):
     products: jax.Array
 
 
+@checks.register_options
 @dataclasses.dataclass(frozen=True)
 class NewtonKrylov:
     """Newton's method on `g(z) = f(z) - z = 0`, with products instead of a Jacobian.
@@ -79,13 +81,14 @@ class NewtonKrylov:
     """
 
     krylov: GMRES | BiCGStab = GMRES()  # noqa: RUF009  (frozen)
-    forcing: float = 0.1
-    tol: float = 1e-4
+    forcing: Real = 0.1
+    tol: Real = 1e-4
     max_iter: int = 20
-    atol: float = 0.0
+    atol: Real = 0.0
     trace: bool = False
 
     linearizes: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.krylov, GMRES | BiCGStab):
@@ -117,15 +120,19 @@ class NewtonKrylov:
         point = tree.pack(z)
         g = tree.pack(fz) - point
         size = tree.norm(lax.stop_gradient(g))
+        # Armijo's test of the step that led here; the plain step is taken whatever it does.
         acceptable = size <= (1 - _DECREASE * state.length) * state.size
         accepted = acceptable | (state.length == 0)
 
+        # The forcing term η = min(forcing, 0.9 (‖g‖ / ‖g_before‖)²).
+        most, tol = (checks.in_dtype(o, size.dtype) for o in (self.forcing, self.tol))
         shrunk = jnp.where(jnp.isfinite(state.size), size / jnp.where(size > 0, state.size, 1), 1)
-        forcing = jnp.minimum(self.forcing, 0.9 * shrunk**2)
+        forcing = jnp.minimum(most, 0.9 * shrunk**2)
         # Half of the step that `tol` still asks for is enough; more would be solved in vain.
-        needed = 0.5 * self.tol * tree.norm(lax.stop_gradient(tree.pack(fz)))
+        needed = 0.5 * tol * tree.norm(lax.stop_gradient(tree.pack(fz)))
         needed = needed / jnp.where(size > 0, size, 1)
-        accuracy = jnp.maximum(forcing, jnp.minimum(needed, self.forcing))
+        accuracy = jnp.maximum(forcing, jnp.minimum(needed, most))
+        # (I - J) s = g(z).
         rhs = tree.where(active & accepted, g, jnp.zeros_like(g))
         correction, products = self._correction(product, rhs, accuracy, z)
         # Where no correction was found (I - J may be singular) the plain step is taken.
@@ -133,6 +140,7 @@ class NewtonKrylov:
         sound = jnp.isfinite(found) & (found > 0)
         correction = tree.where(sound, correction, g)
 
+        # From the new base with the full step, or from the old one with half of the last.
         base = tree.where(accepted, point, state.base)
         direction = tree.where(accepted, correction, state.direction)
         residual = tree.where(accepted, g, state.residual)
@@ -148,7 +156,10 @@ class NewtonKrylov:
         self, product: Any, g: jax.Array, accuracy: jax.Array, like: PyTree
     ) -> tuple[jax.Array, jax.Array]:
         """`(I - J)⁻¹ g` to a relative residual of `accuracy` `[B]`, and the products it took."""
-        any_of = agreement(product.mesh_axes)
+        tol = checks.in_dtype(self.tol, accuracy.dtype)
+
+        def any_of(flags: jax.Array) -> jax.Array:
+            return tree.any_of(flags, product.mesh_axes)
 
         def solve(product: Any, g: jax.Array, accuracy: Any) -> tuple[jax.Array, jax.Array]:
             target = accuracy * tree.norm(g)
@@ -163,7 +174,7 @@ class NewtonKrylov:
             lambda v: v - apply(v),
             g,
             lambda _, g: _as_float(solve(apply, g, accuracy)),
-            lambda transposed, y: _as_float(solve(lambda v: v - transposed(v), y, self.tol)),
+            lambda transposed, y: _as_float(solve(lambda v: v - transposed(v), y, tol)),
             has_aux=True,
         )
         return correction, products.astype(jnp.int32)

@@ -1,15 +1,15 @@
 """Picard iteration: apply f again and again."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
-import jax
-
-from deq_jax import checks
+from deq_jax import checks, tree
+from deq_jax.checks import Real
 
 PyTree = Any
 
 
+@checks.register_options
 @dataclasses.dataclass(frozen=True)
 class Picard:
     """Damped fixed-point iteration.
@@ -34,11 +34,13 @@ class Picard:
         ValueError, TypeError: a field is out of its range or no number; the message names it.
     """
 
-    damping: float = 1.0
-    tol: float = 1e-4
+    damping: Real = 1.0
+    tol: Real = 1e-4
     max_iter: int = 100
-    atol: float = 0.0
+    atol: Real = 0.0
     trace: bool = False
+
+    scale_free: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.check_number(self, "damping", above=0.0, at_most=1.0)
@@ -50,6 +52,6 @@ class Picard:
 
     def step(self, z: PyTree, fz: PyTree, state: tuple[()]) -> tuple[PyTree, tuple[()]]:
         """`z + τ (f(z) - z)`."""
-        if self.damping == 1.0:
+        if checks.is_exactly(self.damping, 1):
             return fz, state
-        return jax.tree.map(lambda z, fz: z + self.damping * (fz - z), z, fz), state
+        return tree.add(z, tree.scale(self.damping, tree.subtract(fz, z))), state

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax import tree
-from deq_jax.equation import checked_cell, initial_state
+from deq_jax.closure import call_checked, initial_state
 
 PyTree = Any
 
@@ -26,7 +26,7 @@ def one_application(
         ValueError, TypeError: as for `deq_fixed_point`.
     """
     z0 = initial_state(x, z0, batched=False)
-    return lax.stop_gradient(checked_cell(f, params, None)(z0, x))
+    return lax.stop_gradient(call_checked(f, params, z0, x))
 
 
 def mixed_initial(key: jax.Array, like: PyTree, probability: float = 0.5) -> PyTree:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax import checks, tree
-from deq_jax.equation import add_batch_axis, checked_cell, drop_batch_axis, initial_state
+from deq_jax.closure import Held, add_batch_axis, call_checked, drop_batch_axis, initial_state
 
 PyTree = Any
 Cell = Callable[[PyTree, PyTree, PyTree], PyTree]
@@ -78,11 +78,15 @@ def point_of(
 ) -> tuple[Callable[[PyTree], PyTree], PyTree]:
     """`z -> f(params, z, x)`, which checks what f returns, and z as a constant with a batch."""
     z = lax.stop_gradient(initial_state(x, z, batched))
-    checked = checked_cell(f, params, None)
+    axes = tree.varying_axes(Held((params, x)))
     if batched:
-        return (lambda z: checked(z, x)), tree.vary_with(z, (params, x))
-    start = tree.vary_with(add_batch_axis(z), (params, x))
-    return (lambda z: add_batch_axis(checked(drop_batch_axis(z), x))), start
+        return (lambda z: call_checked(f, params, z, x)), tree.vary_over(z, axes)
+    start = tree.vary_over(add_batch_axis(z), axes)
+
+    def single(z: PyTree) -> PyTree:
+        return add_batch_axis(call_checked(f, params, drop_batch_axis(z), x))
+
+    return single, start
 
 
 def random_signs(key: jax.Array, like: PyTree) -> PyTree:
@@ -98,7 +102,7 @@ def random_signs(key: jax.Array, like: PyTree) -> PyTree:
 
     keys = jax.random.split(key, len(leaves))
     drawn = [signs(key, leaf) for key, leaf in zip(keys, leaves, strict=True)]
-    return tree.vary_with(jax.tree.unflatten(structure, drawn), like)
+    return tree.vary_over(jax.tree.unflatten(structure, drawn), tree.varying_axes(like))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax import Anderson, tree
-from deq_jax.solvers import columns
+from deq_jax import columns
+from deq_jax.checks import register_options
 from deq_jax.solvers.anderson import AndersonState
 
 PyTree = Any
 
 
+@register_options
 @dataclasses.dataclass(frozen=True)
 class AbsoluteRidgeAnderson(Anderson):
     """`(H + λ I) w = 1`, `α = w / Σ w`: the ridge of the tutorial, torchdeq and jaxopt.
@@ -30,15 +32,16 @@ class AbsoluteRidgeAnderson(Anderson):
         g = tree.subtract(target, flat)
         residuals = columns.store(state.residuals, g, state.slot)
         targets = columns.store(state.targets, target, state.slot)
-        row = columns.inner_products(residuals, g)
-        gram = lax.dynamic_update_index_in_dim(state.gram, row, state.slot, 1)
-        gram = lax.dynamic_update_index_in_dim(gram, row, state.slot, 2)
-        filled = state.filled | (jnp.arange(self.history, dtype=jnp.int32) == state.slot)
+        row = columns.inner_products(residuals, g).T
+        gram = lax.dynamic_update_index_in_dim(state.gram, row, state.slot, 0)
+        gram = lax.dynamic_update_index_in_dim(gram, row, state.slot, 1)
+        newest = jnp.arange(self.history, dtype=jnp.int32) == state.slot
+        filled = state.filled | newest[:, None]
 
-        identity = jnp.eye(self.history, dtype=gram.dtype)
-        both = filled[:, :, None] & filled[:, None, :]
-        matrix = jnp.where(both, gram + self.ridge * identity, identity)
-        w = jnp.linalg.solve(matrix, filled.astype(gram.dtype)[..., None])[..., 0]
+        identity = jnp.eye(self.history, dtype=gram.dtype)[:, :, None]
+        both = filled[:, None] & filled[None]
+        matrix = jnp.where(both, gram + self.ridge * identity, identity).transpose(2, 0, 1)
+        w = jnp.linalg.solve(matrix, filled.T.astype(gram.dtype)[..., None])[..., 0]
         proposal = columns.combine(w / w.sum(1, keepdims=True), targets)
         proposal = jax.tree.map(lambda p, z: p.reshape(z.shape), proposal, z)
         slot = (state.slot + 1) % self.history

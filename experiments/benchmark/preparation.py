@@ -16,8 +16,8 @@ from flax import nnx
 
 from deq_jax import Anderson, deq_fixed_point
 from deq_jax.cells import ResNetCell
-from deq_jax.equation import trace
-from deq_jax.gradients.prepared import prepare
+from deq_jax.closure import Closure
+from deq_jax.passes import ready_for_loop
 from experiments.benchmark.timing import interleaved, report
 from experiments.common.studies import machine
 
@@ -60,8 +60,8 @@ def main() -> None:
     def backward_loop(prepared: bool) -> Any:
         def run(params: Any, z: jax.Array) -> jax.Array:
             _, pullback = jax.vjp(lambda z: f(params, z, x), z)
-            product, captured = trace(lambda u: pullback(u)[0], y)
-            apply = prepare(product, captured) if prepared else pullback
+            product = Closure.of(lambda u: pullback(u)[0], y)
+            apply = ready_for_loop(product) if prepared else pullback
             leaf = jax.tree.leaves
             return jax.lax.fori_loop(
                 0, config.products, lambda _, u: 0.5 * leaf(apply(u))[0] + y, y

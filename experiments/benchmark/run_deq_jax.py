@@ -9,8 +9,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deq_jax import Anderson, BackwardProbe, Picard, deq_fixed_point
-from deq_jax.equation import trace_equation
-from deq_jax.gradients.prepared import prepare
+from deq_jax.closure import close
+from deq_jax.passes import ready_for_loop
 from experiments.benchmark import cells_jax
 from experiments.benchmark.absolute_ridge import AbsoluteRidgeAnderson
 from experiments.benchmark.calls_jax import Given, JaxCalls, differentiate, given, loop_of
@@ -160,5 +160,4 @@ class Calls(JaxCalls):
 
     def _cell_as_run(self, params: Any, x: Any) -> jax.Array:
         z = jnp.zeros_like(x["x"])
-        equation, captured = trace_equation(self.cell, params, x, z, batched=True)
-        return loop_of(prepare(equation, captured), z)
+        return loop_of(ready_for_loop(close(self.cell, params, x, z)), z)

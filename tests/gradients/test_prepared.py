@@ -9,8 +9,8 @@ from flax import nnx
 from jax import lax
 from jax.extend import core
 
-from deq_jax.equation import trace
-from deq_jax.gradients.prepared import prepare
+from deq_jax.closure import Closure
+from deq_jax.passes import ready_for_loop
 from tests.reference import relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -30,7 +30,7 @@ def conv(z, kernel, strides=(1, 1), padding="SAME", dims=NHWC, **options):
 def transposed(f, params, z):
     """`u -> (∂f/∂z)ᵀ u`, traced, and what it captures."""
     out, pullback = jax.vjp(lambda z: f(params, z), z)
-    return trace(lambda u: pullback(u)[0], out)
+    return Closure.of(lambda u: pullback(u)[0], out)
 
 
 def check_forward_and_transposed(f, params, z):
@@ -40,8 +40,8 @@ def check_forward_and_transposed(f, params, z):
 
     @jax.jit
     def prepared(params, z, u):
-        product = prepare(*transposed(f, params, z))
-        return prepare(*trace(lambda z: f(params, z), z))(z), product(u)
+        product = ready_for_loop(transposed(f, params, z))
+        return ready_for_loop(Closure.of(lambda z: f(params, z), z))(z), product(u)
 
     got, got_product = prepared(params, z, u)
     expected_product = jax.jit(lambda params, z, u: jax.vjp(lambda z: f(params, z), z)[1](u)[0])
@@ -61,7 +61,7 @@ def primitives(jaxpr):
 
 def body(f, params, z):
     """Primitives that a trip of the backward loop runs."""
-    product = prepare(*transposed(f, params, z))
+    product = ready_for_loop(transposed(f, params, z))
     return list(primitives(jax.make_jaxpr(product)(f(params, z))))
 
 
@@ -123,7 +123,7 @@ def test_element_type_of_the_result():
         return conv(z, kernel, dims=("NHWC", "OHWI", "NHWC"), preferred_element_type=jnp.float32)
 
     kernel, z = normal(*W).astype(jnp.bfloat16), normal(*Z).astype(jnp.bfloat16)
-    got = jax.jit(lambda z: prepare(*trace(lambda z: f(kernel, z), z))(z))(z)
+    got = jax.jit(lambda z: ready_for_loop(Closure.of(lambda z: f(kernel, z), z))(z))(z)
     assert got.dtype == jnp.float32
     assert relative_error(got, f(kernel, z)) < 1e-6
 

@@ -10,8 +10,8 @@ from jax.extend import core
 
 from deq_jax import Anderson, Picard, deq_fixed_point
 from deq_jax.cells.resnet import ResNetCell
-from deq_jax.equation import trace
-from deq_jax.gradients.prepared import prepare
+from deq_jax.closure import Closure
+from deq_jax.passes import ready_for_loop
 from tests.gradients.test_prepared import CELLS, FORMS, W, Z, conv, normal, primitives, transposed
 from tests.reference import relative_error
 
@@ -49,16 +49,16 @@ def test_on_the_cpu_convolutions_are_channels_last(form):
         return conv(z, kernel, **options)
 
     kernel, z = normal(*kernel_shape), normal(*z_shape)
-    traced, captured = transposed(f, kernel, z)
+    product = transposed(f, kernel, z)
     u = f(kernel, z)
     expected = [HWIO[z.ndim]]
-    assert dimension_numbers(lowered(prepare(traced, captured), u)) == expected
-    assert dimension_numbers(lowered(lambda u: traced(captured, u), u)) != expected
+    assert dimension_numbers(lowered(ready_for_loop(product), u)) == expected
+    assert dimension_numbers(lowered(product, u)) != expected
 
 
 @pytest.mark.parametrize("name", [name for name in CELLS if CELLS[name][1] is None])
 def test_under_checkpoint_only_the_kernel_is_prepared(name):
-    traced, captured = transposed(CELLS[name][0], normal(*W), normal(*Z))
+    product = transposed(CELLS[name][0], normal(*W), normal(*Z))
     u = normal(*Z)
 
     def reversals_and_convolutions(function):
@@ -66,12 +66,12 @@ def test_under_checkpoint_only_the_kernel_is_prepared(name):
         return text.count(" reverse("), text.count(" convolution(")
 
     # Two convolutions: the recomputed one and the transposed one.
-    assert reversals_and_convolutions(lambda u: traced(captured, u)) == (1, 2)
-    assert reversals_and_convolutions(prepare(traced, captured)) == (0, 2)
+    assert reversals_and_convolutions(product) == (1, 2)
+    assert reversals_and_convolutions(ready_for_loop(product)) == (0, 2)
 
 
 def prepared_jaxpr(f, params, z):
-    return jax.make_jaxpr(prepare(*trace(lambda z: f(params, z), z)))(z)
+    return jax.make_jaxpr(ready_for_loop(Closure.of(lambda z: f(params, z), z)))(z)
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
@@ -116,9 +116,9 @@ def test_a_kernel_that_depends_on_the_state_is_left_alone():
     def known(kernel, z):
         return conv(z, kernel * 2, dims=dims)
 
-    assert "platform_index" not in primitives(prepared_jaxpr(f, kernel, z))
-    assert "platform_index" in primitives(prepared_jaxpr(known, kernel, z))
-    numbers = dimension_numbers(lowered(prepare(*trace(lambda z: f(kernel, z), z)), z))
+    assert "transpose" not in primitives(prepared_jaxpr(f, kernel, z))
+    assert "transpose" in primitives(prepared_jaxpr(known, kernel, z))
+    numbers = dimension_numbers(lowered(ready_for_loop(Closure.of(lambda z: f(kernel, z), z)), z))
     assert numbers == ["[b, f, 0, 1]x[o, i, 0, 1]->[b, f, 0, 1]"]
 
 
@@ -161,7 +161,7 @@ def test_loops_of_an_ordinary_cell_turn_no_kernel():
     bodies = list(while_bodies(gradient))
     convolutions = [list(primitives(body)).count("conv_general_dilated") for body in bodies]
     assert len(bodies) == 2
-    assert convolutions == [2, 4]  # the forward loop, and both branches for each in the backward
+    assert convolutions == [2, 2]  # the forward loop and the backward one
     assert "rev" in primitives(gradient)
     assert not any("rev" in primitives(body) for body in bodies)
 

@@ -5,6 +5,7 @@ own shape XLA 0.10 on a CPU reshaped such stacks for every product and copied th
 Coefficients belong to a sample and stand over all leaves: `[B, m]`.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -21,13 +22,13 @@ def empty(flat: PyTree, slots: int) -> PyTree:
     zeros = tree.zeros_per_sample(flat)
 
     def leaf_empty(leaf: jax.Array) -> jax.Array:
-        columns = jnp.zeros((leaf.shape[0], slots, leaf.shape[1]), leaf.dtype)
-        return columns + tree.over_samples(zeros, columns).astype(leaf.dtype)
+        columns = jnp.zeros((1, slots, leaf.shape[1]), leaf.dtype)
+        return columns + zeros.astype(leaf.dtype)[:, None, None]
 
     return jax.tree.map(leaf_empty, flat)
 
 
-def store(columns: PyTree, values: PyTree, slot: jax.Array) -> PyTree:
+def store(columns: PyTree, values: PyTree, slot: jax.Array | int) -> PyTree:
     """Writes `values`, leaves `[B, D]`, into one column, the same for all samples."""
     return jax.tree.map(
         lambda columns, leaf: lax.dynamic_update_index_in_dim(columns, leaf, slot, 1),
@@ -36,7 +37,7 @@ def store(columns: PyTree, values: PyTree, slot: jax.Array) -> PyTree:
     )
 
 
-def read(columns: PyTree, slot: jax.Array) -> PyTree:
+def read(columns: PyTree, slot: jax.Array | int) -> PyTree:
     """One column, leaves `[B, D]`."""
     return jax.tree.map(
         lambda columns: lax.dynamic_index_in_dim(columns, slot, 1, keepdims=False), columns
@@ -62,7 +63,8 @@ def inner_products(columns: PyTree, values: PyTree) -> jax.Array:
             return real_products(columns.real, leaf.real) + real_products(columns.imag, leaf.imag)
         return real_products(columns, leaf)
 
-    return sum(jax.tree.leaves(jax.tree.map(leaf_products, columns, values)))
+    products = jax.tree.leaves(jax.tree.map(leaf_products, columns, values))
+    return functools.reduce(jnp.add, products)
 
 
 def combine(weights: jax.Array, columns: PyTree) -> PyTree:

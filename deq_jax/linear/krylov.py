@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax import checks, tree
+from deq_jax.checks import Real
 from deq_jax.stats import Solution, SolveStats, Status
 
 PyTree = Any
@@ -35,8 +36,10 @@ class LinearSolver(Protocol):
         max_iter: most products.
     """
 
-    tol: float
-    max_iter: int
+    @property
+    def tol(self) -> Any: ...  # noqa: D102
+    @property
+    def max_iter(self) -> int: ...  # noqa: D102
 
     def solve_linear(
         self,
@@ -58,6 +61,7 @@ class LinearSolver(Protocol):
             u, like `y`, and its report. `iterations` counts the products until a sample stopped,
             `evaluations` those that were computed on the batch.
         """
+        ...
 
 
 class Cycle(NamedTuple):
@@ -89,7 +93,7 @@ class _Carry(NamedTuple):
 class Restarted(abc.ABC):
     """Cycles of a Krylov method, each started from the true residual of the last solution."""
 
-    tol: float
+    tol: Real
     max_iter: int
 
     def check(self) -> None:
@@ -124,20 +128,27 @@ class Restarted(abc.ABC):
         mesh_axes: tuple[str, ...] = (),
     ) -> Solution:
         """See `LinearSolver`."""
-        packed_product, any_of = packed(product, y), agreement(mesh_axes)
-        b = tree.pack(y)
+        packed_product = packed(product, y)
+
+        def any_of(flags: jax.Array) -> jax.Array:
+            return tree.any_of(flags, mesh_axes)
+
+        # Samples are separate systems, so that each has a scale of its own.
+        scale = tree.unit_scale(y)
+        b = tree.pack(tree.scale(scale, y))
         size = tree.norm(b)
+        tol = checks.in_dtype(self.tol, size.dtype)
         count = tree.zeros_per_sample(b).astype(jnp.int32)
         guarded = jnp.where(size > 0, size, 1)
 
         if start is None:
             u, r, spent = 0 * b, b, 0
         else:
-            u = tree.where(size > 0, tree.pack(start), 0 * b)
+            u = tree.where(size > 0, tree.pack(tree.scale(scale, start)), 0 * b)
             r, spent = packed_product(u) + b - u, 1
         residual = tree.norm(r) / guarded
         finite = jnp.isfinite(residual)
-        active = finite & (residual > self.tol) & (size > 0)
+        active = finite & (residual > tol) & (size > 0)
         status = jnp.where(active, count + int(Status.MAX_ITER), count + int(Status.CONVERGED))
         status = jnp.where(finite, status, int(Status.DIVERGED))
         first = _Carry(
@@ -158,14 +169,14 @@ class Restarted(abc.ABC):
         def body(carry: _Carry) -> _Carry:
             r = tree.where(carry.active, carry.r, jnp.zeros_like(carry.r))
             budget = self.max_iter - carry.products - 1
-            cycle = self.cycle(packed_product, r, self.tol * size, budget, any_of)
+            cycle = self.cycle(packed_product, r, tol * size, budget, any_of)
             # As it will be returned: in half precision the rounding is part of the residual.
             u = rounded(carry.u + cycle.correction, y)
             u = tree.where(carry.active, u, carry.u)
             r = packed_product(u) + b - u
             residual = tree.norm(r) / guarded
             finite = jnp.isfinite(residual)
-            converged = carry.active & finite & (residual <= self.tol)
+            converged = carry.active & finite & (residual <= tol)
             diverged = carry.active & ~finite
             improved = carry.active & finite & (residual < carry.best_residual)
             active = carry.active & ~converged & ~diverged
@@ -188,7 +199,7 @@ class Restarted(abc.ABC):
         # A cotangent that is not finite must not become a gradient of zero.
         value = tree.where(jnp.isfinite(size), end.best, b)
         stats = SolveStats(end.best_residual, end.iterations, end.status, end.products)
-        return Solution(tree.unpack(value, y), stats)
+        return Solution(tree.scale(1 / scale, tree.unpack(value, y)), stats)
 
 
 def packed(product: Callable[[PyTree], PyTree], like: PyTree) -> Product:
@@ -201,12 +212,3 @@ def rounded(u: jax.Array, like: PyTree) -> jax.Array:
     # The barrier keeps the compiler from taking both conversions out.
     return tree.pack(lax.optimization_barrier(tree.unpack(u, like)))
 
-
-def agreement(mesh_axes: tuple[str, ...]) -> AnyOf:
-    """`jnp.any`, over the devices along `mesh_axes` too."""
-
-    def any_of(flags: jax.Array) -> jax.Array:
-        found = jnp.any(flags)
-        return lax.pmax(found.astype(jnp.int32), mesh_axes) > 0 if mesh_axes else found
-
-    return any_of

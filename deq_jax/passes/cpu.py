@@ -1,4 +1,4 @@
-"""Operations that XLA's CPU compiler (0.10) does slowly inside a loop, done another way.
+"""Operations that XLA's CPU compiler (0.10) runs slowly inside a loop, written another way.
 
 Each replacement computes the same as the operation it stands for, up to rounding:
 
@@ -17,51 +17,59 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from deq_jax.gradients.operations import Operation
+from deq_jax import _compat
+from deq_jax.passes.flatten import Flat, Operation, inline
 
 _LEAST_CHANNELS = 32
 _LEAST_PIXELS = 1024
 """Below so many input or output channels, or pixels in a batch, Winograd's is no faster."""
 
 
-class Replacement(Protocol):
-    """Another way to do an operation.
+def rewrite_operations(flat: Flat, known: int) -> Flat:
+    """Replaces convolutions by known kernels, and sums in stages.
 
-    Attributes:
-        known: which inputs are needed before the loop.
+    Args:
+        flat: a loop's body.
+        known: how many of its first inputs are the same in every trip.
     """
+    constant = set(flat.invars[:known])
+    operations, replaced = [], {}
+    for op in flat.operations:
+        inputs = [a if isinstance(a, _compat.Literal) else replaced.get(a, a) for a in op.equation.invars]
+        op = dataclasses.replace(op, equation=op.equation.replace(invars=inputs))
+        fixed = [isinstance(a, _compat.Literal) or a in constant for a in inputs]
+        if all(fixed) and not op.equation.effects:
+            constant.update(op.equation.outvars)
+        elif (other := _replacement(op.equation, fixed)) is not None:
+            equations, outputs = inline(_compat.trace_types(other, inputs), inputs)
+            operations += map(Operation, equations)
+            replaced.update(zip(op.equation.outvars, outputs, strict=True))
+            continue
+        operations.append(op)
+    outvars = [a if isinstance(a, _compat.Literal) else replaced.get(a, a) for a in flat.outvars]
+    return dataclasses.replace(flat, operations=operations, outvars=outvars)
 
-    known: tuple[int, ...]
 
-    def before(self, *known: jax.Array) -> jax.Array | None:
-        """What is made before the loop from the inputs `known`."""
-
-    def __call__(self, value: jax.Array, ready: jax.Array | None) -> jax.Array:
-        """The operation on its first input, with what was made before."""
-
-
-def replacement(op: Operation) -> Replacement | None:
-    """A faster way to do the operation on a CPU; None where there is nothing to gain."""
-    params = op.equation.params
-    if op.name == "conv_general_dilated" and op.inputs[1].known:
+def _replacement(equation: Any, fixed: list[bool]) -> Callable[..., jax.Array] | None:
+    """A faster way to run the equation on a CPU; None where there is nothing to gain."""
+    name, params = equation.primitive.name, equation.params
+    if name == "conv_general_dilated" and fixed[1] and params["batch_group_count"] == 1:
+        image, kernel = (atom.aval for atom in equation.invars)
         convolution = ChannelsLast(params)
-        if params["batch_group_count"] != 1:
-            return None
-        image, kernel = (variable.aval for variable in op.equation.invars)
         if convolution.suits_winograd(image, kernel):
             return Winograd(params)
-        numbers = _channels_last(image.ndim)
-        return None if params["dimension_numbers"] == numbers else convolution
-    if op.name == "reduce_sum" and params.get("out_sharding") is None:
-        return SumInStages.of(op.equation.invars[0].aval.shape, params["axes"])
+        if params["dimension_numbers"] != _channels_last(image.ndim):
+            return convolution
+    if name == "reduce_sum" and params.get("out_sharding") is None:
+        return SumInStages.of(equation.invars[0].aval.shape, params["axes"])
     return None
 
 
@@ -74,7 +82,6 @@ class ChannelsLast:
     """
 
     params: dict[str, Any]
-    known = (1,)
 
     def before(self, kernel: jax.Array) -> jax.Array:
         """The kernel; the barrier keeps the compiler from undoing its layout."""
@@ -85,8 +92,9 @@ class ChannelsLast:
         out, into, *spatial = self.params["dimension_numbers"].rhs_spec
         return lax.transpose(kernel, (*spatial, into, out))
 
-    def __call__(self, image: jax.Array, ready: jax.Array) -> jax.Array:
+    def __call__(self, image: jax.Array, kernel: jax.Array) -> jax.Array:
         """The convolution, in the axes it was written in."""
+        ready = self.before(kernel)
         batch, channel, *spatial = self.params["dimension_numbers"].lhs_spec
         out = self.convolve(lax.transpose(image, (batch, *spatial, channel)), ready)
         batch, channel, *spatial = self.params["dimension_numbers"].out_spec
@@ -229,7 +237,6 @@ class SumInStages:
 
     outer: tuple[int, ...]
     inner: tuple[int, ...]
-    known = ()
 
     @classmethod
     def of(cls, shape: tuple[int, ...], axes: Sequence[int]) -> "SumInStages | None":
@@ -241,10 +248,7 @@ class SumInStages:
         inner = tuple(axis for axis in axes if axis > kept[-1])
         return cls(outer, inner) if outer and inner else None
 
-    def before(self) -> None:
-        """Nothing."""
-
-    def __call__(self, value: jax.Array, ready: None) -> jax.Array:
+    def __call__(self, value: jax.Array) -> jax.Array:
         """The sum."""
         lead, rest = value.shape[: max(self.outer) + 1], value.shape[max(self.outer) + 1 :]
         # All axes behind the outer ones as one: added up side by side. The barrier keeps the

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax import tree
-from deq_jax.solvers.krylov import AnyOf, Cycle, Product, Restarted
+from deq_jax import checks, tree
+from deq_jax.checks import Real
+from deq_jax.linear.krylov import AnyOf, Cycle, Product, Restarted
 
 
+@checks.register_options
 @dataclasses.dataclass(frozen=True)
 class BiCGStab(Restarted):
     """Stabilised biconjugate gradients for `(I - A) u = y`.
@@ -32,7 +34,7 @@ class BiCGStab(Restarted):
         ValueError, TypeError: a field is out of its range or no number; the message names it.
     """
 
-    tol: float = 1e-4
+    tol: Real = 1e-4
     max_iter: int = 100
 
     def __post_init__(self) -> None:
@@ -61,13 +63,16 @@ class BiCGStab(Restarted):
             return any_of(carry.active) & (carry.products + 2 <= budget)
 
         def body(carry: _Recurrence) -> _Recurrence:
+            # Along p to s = r - α (I - A) p, orthogonal to the shadow residual.
             v = carry.p - product(carry.p)
             alpha, sound = _ratio(carry.rho, tree.dot(shadow, v), tree.norm(shadow) * tree.norm(v))
             s = carry.r - tree.scale(alpha, v)
+            # Along s to the smallest residual r = s - ω (I - A) s.
             t = s - product(s)
             omega, _ = _ratio(tree.dot(t, s), tree.dot(t, t), 0)
             u = carry.u + tree.scale(alpha, carry.p) + tree.scale(omega, s)
             r = s - tree.scale(omega, t)
+            # The next direction p = r + β (p - ω v).
             rho = tree.dot(shadow, r)
             growth, usable = _ratio(rho * alpha, carry.rho * omega, 0)
             p = r + tree.scale(growth, carry.p - tree.scale(omega, v))

@@ -13,10 +13,12 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 
 from deq_jax import checks, tree
-from deq_jax.solvers import columns
-from deq_jax.solvers.krylov import AnyOf, Cycle, Product, Restarted
+from deq_jax import columns
+from deq_jax.checks import Real
+from deq_jax.linear.krylov import AnyOf, Cycle, Product, Restarted
 
 
+@checks.register_options
 @dataclasses.dataclass(frozen=True)
 class GMRES(Restarted):
     """Restarted GMRES: the smallest residual over a Krylov space, for `(I - A) u = y`.
@@ -42,7 +44,7 @@ class GMRES(Restarted):
     """
 
     restart: int = 20
-    tol: float = 1e-4
+    tol: Real = 1e-4
     max_iter: int = 100
 
     def __post_init__(self) -> None:
@@ -65,8 +67,8 @@ class GMRES(Restarted):
             step=zeros.sum().astype(jnp.int32),
             active=size > target,
             basis=basis,
-            hessenberg=zeros[:, None, None] + unused,
-            null=zeros[:, None] + jnp.zeros(steps + 1, size.dtype).at[0].set(1),
+            hessenberg=zeros[:, None, None] + unused[None],
+            null=zeros[:, None] + jnp.zeros((1, steps + 1), size.dtype).at[0, 0].set(1),
             used=zeros.astype(jnp.int32),
         )
 
@@ -76,10 +78,12 @@ class GMRES(Restarted):
         def body(carry: _Arnoldi) -> _Arnoldi:
             k, active = carry.step, carry.active
             v = columns.read(carry.basis, k)
+            # Arnoldi: (I - A) v = Σ h_i v_i + below · new.
             h, new, below = columns.orthogonalize(carry.basis, v - product(v))
-            # Nothing new: the space is invariant and holds the solution.
+            # Where nothing is new the space is invariant and holds the solution.
             broken = below == 0
             new = tree.where(active, new, 0 * new)
+            # The entry of the null vector that keeps null · H = 0; β / ‖null‖ is the residual.
             null = -(h * carry.null).sum(1) / jnp.where(broken, 1, below)
             null = lax.dynamic_update_index_in_dim(carry.null, null, k + 1, 1)
             h = lax.dynamic_update_index_in_dim(h, below, k + 1, 1)
@@ -95,6 +99,7 @@ class GMRES(Restarted):
             )
 
         end = lax.while_loop(proceed, body, first)
+        # c = argmin ‖β e₁ - H c‖ by H = Q R.
         q, upper = jnp.linalg.qr(end.hessenberg)
         rhs = size[:, None] * q[:, 0, :]
         coefficients = solve_triangular(upper, rhs[..., None])[..., 0]

@@ -9,6 +9,7 @@ may have finished. A phase gathers a copy of its samples' share of the carry, al
 one more carry.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,18 +23,27 @@ PyTree = Any
 Body = Callable[[PyTree], PyTree]
 
 
-class Smaller(NamedTuple):
-    """What runs on fewer samples: at a static `size` n, and `at` the samples `[n]`, any of them."""
+class Phase(NamedTuple):
+    """What runs on fewer samples: their static number n, and `at(index)` for the samples `[n]`."""
 
     size: int
     at: Callable[[jax.Array], Any]
+
+
+def sizes(batch: int, smallest: int) -> tuple[int, ...]:
+    """`ceil(batch / 2)`, `ceil(batch / 4)`, ..., `smallest`; none where `batch` is no larger."""
+    found = []
+    while batch > smallest:
+        batch = max(math.ceil(batch / 2), smallest)
+        found.append(batch)
+    return tuple(found)
 
 
 def while_shrinking(
     proceed: Callable[[PyTree], jax.Array],
     body: Body,
     start: PyTree,
-    smaller: tuple[Smaller, ...],
+    smaller: tuple[Phase, ...],
     axes: list[int | None],
 ) -> PyTree:
     """`lax.while_loop(proceed, body, start)`, of samples that are independent of each other.
@@ -62,7 +72,7 @@ def while_shrinking(
         def few(carry: PyTree) -> PyTree:
             chosen = jnp.argsort(~carry.active, stable=True)[:size]
             # JAX (0.10) takes what argsort returns for the same on all devices of a shard_map.
-            chosen = tree.vary_with(chosen, carry.active)
+            chosen = tree.vary_over(chosen, tree.varying_axes(carry.active))
             among_all = chosen if index is None else tree.take(index, chosen)
             part = run(at(among_all), _gather(carry, chosen, axes), among_all, phase + 1)
             return _scatter(carry, part, chosen, axes)

@@ -5,7 +5,7 @@ here and is the same for all: the evaluation of f, residuals, each sample's own 
 the best iterate, the count, the trace.
 
 Known to be non-optimal: a finished sample is frozen, but f is still evaluated on it until the last
-sample of the batch has stopped. Where f can be had for fewer samples (`smaller`), they leave.
+sample of the batch has stopped. Where f can be had for fewer samples (`f.parts`), they leave.
 """
 
 import functools
@@ -17,24 +17,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax import tree
-from deq_jax.solvers.shrinking import Smaller, batch_axes, while_shrinking
-from deq_jax.solvers.unrolling import while_as_scans
-from deq_jax.stats import SolveStats, Status
+from deq_jax import checks, tree
+from deq_jax.shrinking import Phase, batch_axes, while_shrinking
+from deq_jax.stats import Solution, SolveStats, Status
+from deq_jax.unrolling import while_as_scans
 
 PyTree = Any
-
-EPSILON = 1e-9
-"""ε of the relative residual `‖f(z) - z‖ / (ε + ‖f(z)‖)`: decides only where f(z) vanishes."""
 
 
 @runtime_checkable
 class Solver(Protocol):
-    """What a solver has to have; any hashable object with these runs in `iterate`.
+    """What a solver has to have; any object with these runs in `solve`.
 
     A solver that uses more than the values of f sets `linearizes = True`. Its step then receives
     two keyword arguments, `product`, the map `v -> ∂f/∂z v` at z, and `active`, `[B]`, the samples
     still wanted, and it has a method `products(state)` that tells how many products it computed.
+
+    A solver that takes the same steps for f and for `s f(z / s)` may set `scale_free = True`. At
+    sizes whose squares would overflow or vanish its step is then given z and fz times a power of
+    two.
 
     Attributes:
         tol: bound on the relative residual.
@@ -43,12 +44,16 @@ class Solver(Protocol):
         trace: keep the residual of every evaluation.
     """
 
-    tol: float
-    atol: float
-    max_iter: int
-    trace: bool
+    @property
+    def tol(self) -> Any: ...  # noqa: D102
+    @property
+    def atol(self) -> Any: ...  # noqa: D102
+    @property
+    def max_iter(self) -> int: ...  # noqa: D102
+    @property
+    def trace(self) -> bool: ...  # noqa: D102
 
-    def init(self, z: PyTree, fz: PyTree) -> PyTree:
+    def init(self, z: Any, fz: Any) -> Any:
         """The solver's state before the first evaluation.
 
         Args:
@@ -57,13 +62,40 @@ class Solver(Protocol):
             fz: structure, shapes and dtypes of what f will return (`jax.ShapeDtypeStruct`); there
                 are no values yet, because f is evaluated in the loop and nowhere else.
         """
+        ...
 
-    def step(self, z: PyTree, fz: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+    def step(self, z: Any, fz: Any, state: Any) -> tuple[Any, Any]:
         """The next point to evaluate and the new state, from the point `z` and `fz = f(z)`.
 
         Must treat samples apart: sums run over all axes but the first. A sample that has stopped
         passes through too, and what is proposed for it is thrown away.
         """
+        ...
+
+
+class Map(Protocol):
+    """A function of the state as a loop needs it: a `Closure`, or `adjoint.Affine`.
+
+    Attributes:
+        mesh_axes: axes of a `shard_map` over which it communicates. Devices along them go on
+            together until none has an active sample; along others each stops by itself.
+        parts: the function for fewer samples, sizes decreasing: `part.at(index)` is that of the
+            `part.size` samples `index`. Once only so many are active, the loop goes on with these
+            alone.
+    """
+
+    @property
+    def mesh_axes(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def parts(self) -> tuple[Any, ...]: ...  # noqa: D102
+
+    def __call__(self, z: Any) -> Any:
+        """The function at `z`."""
+        ...
+
+    def linearize(self, z: Any) -> tuple[Any, Any]:
+        """The function at `z` and its derivative there, a `Map`."""
+        ...
 
 
 def check_solver(name: str, solver: Any) -> None:
@@ -73,6 +105,7 @@ def check_solver(name: str, solver: Any) -> None:
             f"{name} must be a solver such as Anderson() or Picard(), or an object with tol, atol, "
             f"max_iter, trace, init and step; got {solver!r}"
         )
+    checks.check_stopping(solver)
 
 
 def check_samples(sample_at: tuple[int, ...], solver: Solver) -> None:
@@ -87,48 +120,30 @@ def check_samples(sample_at: tuple[int, ...], solver: Solver) -> None:
         )
 
 
-class Run(NamedTuple):
-    """All that a run of the loop leaves behind.
-
-    Attributes:
-        value: per sample the iterate that met a tolerance, else the one with the lowest residual;
-            leaves `[B, ...]`.
-        stats: its report.
-        samples: the states at the evaluations `sample_at`, like `value` each.
-        solver_state: the solver's own state at the end.
-    """
-
-    value: PyTree
-    stats: SolveStats
-    samples: tuple[PyTree, ...]
-    solver_state: PyTree
-
-
 class _Carry(NamedTuple):
     proceed: jax.Array  # bool []
     evaluations: jax.Array  # int32 []
     z: PyTree  # the point to evaluate next
-    solver_state: PyTree
+    state: PyTree  # of the solver
     active: jax.Array  # bool [B]
     best: PyTree
     best_residual: jax.Array  # [B]
+    scale: jax.Array  # [B], power of two that keeps squares of z and f(z) in range
     iterations: jax.Array  # int32 [B]
     status: jax.Array  # int32 [B]
     trace: jax.Array | None  # [max_iter, B]
     samples: PyTree  # [number of samples + 1, B, ...], the last row for what nobody asked for
 
 
-def iterate(
-    f: Callable[[PyTree], PyTree],
+def solve(
+    f: Map,
     z0: PyTree,
     solver: Solver,
     *,
     reference: jax.Array | None = None,
-    mesh_axes: tuple[str, ...] = (),
     sample_at: tuple[int, ...] = (),
-    unrolled: bool = False,
-    smaller: tuple[Smaller, ...] = (),
-) -> Run:
+    differentiable: bool = False,
+) -> Solution:
     """Solves `z = f(z)` for every sample, from `z0`, by `solver`.
 
     Each trip evaluates f once. A sample stops when its residual
@@ -136,29 +151,34 @@ def iterate(
         ‖f(z) - z‖₂ / (ε + ‖f(z)‖₂)      (norms over all leaves of the sample)
 
     is at most `tol`, when `‖f(z) - z‖₂` is at most a positive `atol`, or when a norm is not
-    finite. The loop ends when no sample is active or after `max_iter` evaluations.
+    finite; ε is the smallest normal number, so that only an f(z) of exactly zero needs it. f is
+    evaluated on stopped samples too. One whose residual is above its tolerance again, because f
+    mixes samples and the others have moved, goes on. The loop ends when no sample is active or
+    after `max_iter` evaluations.
 
     Args:
-        f: function of the state alone; returns its structure, shapes and dtypes. For a solver that
-            linearises it has a method `linearize(z) -> (f(z), product)`.
+        f: function of the state alone; returns its structure, shapes and dtypes.
         z0: the start, inexact leaves `[B, ...]`.
         solver: the update rule and the bounds.
         reference: `[B]`, stands for `‖f(z)‖₂` in the residual where given; a linear system
             `u = Jᵀu + y` is measured against `‖y‖`. If it is zero throughout, the start, which
             must be zero too, is the solution, and nothing is evaluated.
-        mesh_axes: axes of a `shard_map` over which f communicates. Devices along them go on
-            together until none has an active sample; along others each stops by itself.
         sample_at: numbers of evaluations, increasing, counted from 1; the points evaluated then
             are returned too. Samples that had stopped give their final state.
-        unrolled: make the loop out of `scan`, so that it can be differentiated in reverse.
-        smaller: f on some of the samples, for sizes that decrease. Once only so many are active,
-            the loop goes on with these alone. Not for an f that communicates, nor `unrolled`.
+        differentiable: make the loop out of `scan`, so that it can be differentiated in reverse.
 
     Returns:
-        `Run`: per sample the iterate that met a tolerance, else the one with the lowest residual,
-        and the residual of exactly it.
+        Per sample the iterate that met a tolerance, else the one with the lowest residual, and the
+        residual of exactly that iterate, among the others as they are returned.
     """
-    if smaller and mesh_axes:
+    mesh_axes, parts = f.mesh_axes, f.parts
+    if differentiable:
+        # As many trips on every device of a `shard_map`: backpropagation sums the cotangents of
+        # what is the same on all of them in each trip, and would wait for ever for a device that
+        # made fewer.
+        mesh_axes = tuple(sorted({*mesh_axes, *jax.sharding.get_abstract_mesh().manual_axes}))
+        parts = ()
+    if parts and mesh_axes:
         raise ValueError(
             "Execution(shrink_to=...) goes on with some samples alone, so f must treat samples "
             f"independently, but it communicates over the mesh axes {mesh_axes}"
@@ -167,8 +187,7 @@ def iterate(
     rows = jnp.asarray(sample_at, jnp.int32)
 
     def any_active(active: jax.Array) -> jax.Array:
-        more = jnp.any(active)
-        return lax.pmax(more.astype(jnp.int32), mesh_axes) > 0 if mesh_axes else more
+        return tree.any_of(active, mesh_axes)
 
     def begin(z0: PyTree, reference: jax.Array | None) -> _Carry:
         zeros = tree.zeros_per_sample(z0)
@@ -181,13 +200,14 @@ def iterate(
             proceed=any_active(needed),
             evaluations=count.sum(dtype=jnp.int32),
             z=z0,
-            solver_state=solver.init(z0, shapes),
+            state=solver.init(z0, shapes),
             active=needed,
             best=z0,
             best_residual=jnp.where(needed, zeros + jnp.inf, 0),
+            scale=zeros + 1,
             iterations=count,
             status=jnp.where(needed, count + int(Status.MAX_ITER), count + int(Status.CONVERGED)),
-            trace=jnp.broadcast_to(zeros + jnp.nan, (solver.max_iter, *zeros.shape))
+            trace=jnp.broadcast_to((zeros + _unused())[None], (solver.max_iter, *zeros.shape))
             if solver.trace
             else None,
             samples=jax.tree.map(lambda z: jnp.stack([0 * z] * (len(sample_at) + 1)), z0)
@@ -198,40 +218,63 @@ def iterate(
     def proceed(carry: _Carry) -> jax.Array:
         return carry.proceed & (carry.evaluations < solver.max_iter)
 
-    def body(f: Any, reference: jax.Array | None, carry: _Carry) -> _Carry:
+    def body(f: Map, reference: jax.Array | None, carry: _Carry) -> _Carry:
         z, active = carry.z, carry.active
+        # f(z), once.
+        product = None
         if linearizes:
             fz, product = f.linearize(z)
         else:
-            fz, product = f(z) if unrolled else _evaluated_once(f, z, carry.proceed), None
-        absolute, size = _norms(z, fz)
-        size = size if reference is None else reference
-        # Against a reference of zero (a zero cotangent) nothing is left to divide by.
-        guarded = size + EPSILON if reference is None else jnp.where(size > 0, size, 1)
+            fz = f(z) if differentiable else _evaluated_once(f, z, carry.proceed)
+
+        # The residual ‖f(z) - z‖ / (ε + ‖f(z)‖), of both times a power of two.
+        scale = _scale(carry, z, fz)
+        scaled_z, scaled_fz = tree.scale(scale, z), tree.scale(scale, fz)
+        absolute, size = _norms(scaled_z, scaled_fz)
+        if reference is None:
+            guarded = size + jnp.finfo(size.dtype).tiny
+        else:  # against a reference of zero (a zero cotangent) nothing is left to divide by
+            guarded = jnp.where(reference > 0, reference * scale, 1)
         residual = absolute / guarded
         finite = jnp.isfinite(absolute) & jnp.isfinite(size)
 
-        met = residual <= solver.tol
-        if solver.atol > 0:
-            met |= absolute <= solver.atol
+        # Who has arrived, who failed, and who has to go on although it had stopped.
+        tol, atol = (checks.in_dtype(o, residual.dtype) for o in (solver.tol, solver.atol))
+        met = residual <= tol
+        if not checks.is_exactly(solver.atol, 0):
+            met |= (absolute <= atol * scale) & (atol > 0)
+        # With parts, f treats samples apart, and sizes differ in rounding: nobody wakes up.
+        resting = ~active & finite & (carry.status == int(Status.CONVERGED)) & (not parts)
+        woken = resting & ~met
+        active |= woken
         converged = active & finite & met
         diverged = active & ~finite
-        # Where atol is what is met, an earlier iterate may have a lower relative residual.
-        improved = converged | (active & finite & (residual < carry.best_residual))
-        best = tree.where(improved, z, carry.best)
-        status = jnp.where(converged, int(Status.CONVERGED), carry.status)
-        status = jnp.where(diverged, int(Status.DIVERGED), status)
         still_active = active & ~converged & ~diverged
+        status = jnp.where(woken, int(Status.MAX_ITER), carry.status)
+        status = jnp.where(converged, int(Status.CONVERGED), status)
+        status = jnp.where(diverged, int(Status.DIVERGED), status)
 
-        given = (z, fz, carry.solver_state)
+        # The best iterate. Where atol is what is met, an earlier one may have a lower relative
+        # residual; that of a resting sample is what it is among the others now.
+        improved = converged | woken | (active & finite & (residual < carry.best_residual))
+        best = tree.where(improved, z, carry.best)
+
+        # The next point.
+        given = (scaled_z, scaled_fz) if getattr(solver, "scale_free", False) else (z, fz)
         if linearizes:
             wanted = still_active & (carry.evaluations + 1 < solver.max_iter)
-            proposal, solver_state = solver.step(*given, product=product, active=wanted)
+            proposal, state = solver.step(*given, carry.state, product=product, active=wanted)
         else:
-            proposal, solver_state = solver.step(*given)
+            proposal, state = solver.step(*given, carry.state)
+        name = f"{type(solver).__name__}.step must return"
+        checks.check_same_form(f"{name} a next point with", "z", proposal, z)
+        checks.check_same_form(f"{name} a state with", "the state from init", state, carry.state)
+        if getattr(solver, "scale_free", False):
+            proposal = tree.scale(1 / scale, proposal)
+
         trace, samples = carry.trace, carry.samples
         if trace is not None:
-            row = jnp.where(active, residual, jnp.nan)
+            row = jnp.where(active, residual, _unused())
             trace = lax.dynamic_update_index_in_dim(trace, row, carry.evaluations, 0)
         if samples is not None:
             row = jnp.sum(rows <= carry.evaluations)  # overwritten until its evaluation has come
@@ -243,29 +286,30 @@ def iterate(
             evaluations=carry.evaluations + 1,
             # Frozen samples rest at a finite point, so that no NaN goes round in f.
             z=tree.where(still_active, proposal, best),
-            solver_state=solver_state,
+            state=state,
             active=still_active,
             best=best,
-            best_residual=jnp.where(improved, residual, carry.best_residual),
-            iterations=carry.iterations + active.astype(jnp.int32),
+            best_residual=jnp.where(improved | resting, residual, carry.best_residual),
+            scale=scale,
+            iterations=jnp.where(active, carry.evaluations + 1, carry.iterations),
             status=status,
             trace=trace,
             samples=samples,
         )
 
-    def at(size: Smaller, index: jax.Array) -> Callable[[_Carry], _Carry]:
-        return functools.partial(body, size.at(index), tree.take(reference, index))
+    def on_part(part: Any, index: jax.Array) -> Callable[[_Carry], _Carry]:
+        return functools.partial(body, part.at(index), tree.take(reference, index))
 
     start, on_all = begin(z0, reference), functools.partial(body, f, reference)
-    if unrolled:
+    if differentiable:
         end = while_as_scans(proceed, on_all, start, solver.max_iter)
-    elif smaller:
-        axes = batch_axes(begin, (z0, reference), smaller[0].size)
-        bodies = tuple(Smaller(part.size, functools.partial(at, part)) for part in smaller)
+    elif parts:
+        axes = batch_axes(begin, (z0, reference), parts[0].size)
+        bodies = tuple(Phase(part.size, functools.partial(on_part, part)) for part in parts)
         end = while_shrinking(proceed, on_all, start, bodies, axes)
     else:
         end = lax.while_loop(proceed, on_all, start)
-    products = solver.products(end.solver_state) if linearizes else None
+    products = solver.products(end.state) if linearizes else None
     stats = SolveStats(
         end.best_residual, end.iterations, end.status, end.evaluations, end.trace, products
     )
@@ -278,7 +322,20 @@ def iterate(
         )
         for index, number in enumerate(sample_at)
     )
-    return Run(end.best, stats, samples, end.solver_state)
+    return Solution(end.best, stats, samples, end.state)
+
+
+def _unused() -> float:
+    """What stands in a trace after the stop: NaN, or infinity where JAX is told to forbid NaN."""
+    return jnp.inf if jax.config.jax_debug_nans else jnp.nan
+
+
+def _scale(carry: _Carry, z: PyTree, fz: PyTree) -> jax.Array:
+    """The power of two of each sample, `[B]`, from its first evaluation."""
+    z, fz = lax.stop_gradient((z, fz))
+    return lax.cond(
+        carry.evaluations == 0, tree.unit_scale, lambda z, fz: carry.scale, z, fz
+    )
 
 
 def _evaluated_once(f: Callable[[PyTree], PyTree], z: PyTree, proceed: jax.Array) -> PyTree:

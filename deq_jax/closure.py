@@ -1,0 +1,357 @@
+"""f and all that it uses, as one pytree.
+
+`close` traces f once and makes a `Closure` of it: a function of the state alone whose arrays
+(`params`, `x` and whatever f closes over) are leaves and whose program is static. A closure can be
+passed to `jit`, `jvp`, `vmap` and custom rules like any other argument, and all that comes after
+(the solve, the linearisation, the passes) works on the one trace.
+
+The idea of functions as pytrees is that of Equinox (`filter_closure_convert`); here the state is
+the only argument, and programs are equal where their operations are.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from deq_jax import _compat, checks, kept, tree
+from deq_jax.mixing import check_apart
+from deq_jax.precision import cast, cast_like
+from deq_jax.program import Program
+
+PyTree = Any
+Cell = Callable[[Any, Any, Any], Any]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["arrays", "parts"],
+    meta_fields=["program"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Closure:
+    """A function of the state, with the arrays it uses as leaves.
+
+    Attributes:
+        arrays: what it closes over.
+        program: what it does with them.
+        parts: the same function for fewer samples, sizes decreasing. They too hold the arrays of
+            all samples, until `at` picks those of some.
+    """
+
+    arrays: tuple[Any, ...]
+    program: Program
+    parts: tuple["Closure", ...] = ()
+
+    differentiable: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, function: Callable[[PyTree], PyTree], z: PyTree) -> "Closure":
+        """Traces a function of the state at the shapes of `z`."""
+        jaxpr, arrays, out_tree = _compat.trace(function, z)
+        return cls(tuple(arrays), Program(jaxpr, out_tree))
+
+    def __call__(self, z: PyTree) -> PyTree:
+        """The function at `z`, differentiable in `arrays` and `z`."""
+        return self.program(*map(_fresh_key, self.arrays), *jax.tree.leaves(z))
+
+    @property
+    def mesh_axes(self) -> tuple[str, ...]:
+        """Names of the axes over which it communicates."""
+        return self.program.mesh_axes
+
+    @property
+    def size(self) -> int:
+        """The number of samples."""
+        return self.program.jaxpr.invars[-1].aval.shape[0]
+
+    def at(self, index: jax.Array) -> "Closure":
+        """The function for the samples `index` `[n]`, where `self` is one of `parts`."""
+        pairs = zip(self.arrays, self.program.per_sample, strict=True)
+        arrays = tuple(tree.take(a, index) if mine else a for a, mine in pairs)
+        return dataclasses.replace(self, arrays=arrays)
+
+    def linearize(self, z: PyTree) -> tuple[PyTree, "Closure"]:
+        """`f(z)`, and the product `v -> J v` with J = ∂f/∂z there."""
+        if not self.program.reverse_only:
+            fz, push = jax.linearize(self, z)
+            return fz, Closure.of(push, z)
+        # J v is the transpose of the linear map u -> Jᵀ u.
+        fz, pullback = jax.vjp(self, z)
+        _, push = jax.vjp(lambda u: pullback(u)[0], z)
+        return fz, Closure.of(lambda v: push(v)[0], z)
+
+    def product(self, z: PyTree, transposed: bool) -> "Closure":
+        """The product `v -> J v`, or `u -> Jᵀ u`, with J = ∂f/∂z at `z`."""
+        if not transposed:
+            return self.linearize(z)[1]
+        _, pullback = jax.vjp(self, z)
+        return Closure.of(lambda u: pullback(u)[0], z)
+
+    def inexact(self) -> list[bool]:
+        """For each leaf, whether it can have a derivative."""
+        return [_is_inexact(leaf) for leaf in jax.tree.leaves(self)]
+
+    def variables(self, chosen: Sequence[bool] | None = None) -> tuple[list[Any], Callable]:
+        """The arrays with derivatives, or those `chosen`, and a function that puts others there."""
+        leaves, structure = jax.tree.flatten(self)
+        chosen = self.inexact() if chosen is None else chosen
+
+        def rebuild(variables: Sequence[Any]) -> "Closure":
+            given = iter(variables)
+            pairs = zip(leaves, chosen, strict=True)
+            return structure.unflatten(next(given) if mine else leaf for leaf, mine in pairs)
+
+        return [leaf for leaf, mine in zip(leaves, chosen, strict=True) if mine], rebuild
+
+
+def _fresh_key(value: Any) -> Any:
+    """A random key as often as f is evaluated: that it draws the same each time is meant."""
+    is_key = jnp.issubdtype(jax.dtypes.result_type(value), jax.dtypes.prng_key)
+    return jax.random.clone(value) if is_key else value
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["value"])
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A hashable value as a pytree without leaves."""
+
+    value: Any
+
+
+class Held:
+    """Any pytree as one whose leaves are arrays; functions, strings and objects in it are static.
+
+    Attributes:
+        arrays: the leaves that are arrays.
+    """
+
+    def __init__(self, value: PyTree):
+        leaves, structure = jax.tree.flatten(value)
+        self.arrays = [leaf for leaf in leaves if checks.is_array(leaf)]
+        others = (None if checks.is_array(leaf) else _Object(leaf) for leaf in leaves)
+        self._static = structure, tuple(others)
+
+    @property
+    def value(self) -> PyTree:
+        """The pytree."""
+        structure, others = self._static
+        arrays = iter(self.arrays)
+        return structure.unflatten(
+            next(arrays) if other is None else other.value for other in others
+        )
+
+    @property
+    def objects(self) -> list[Any]:
+        """What is static, but for the structure."""
+        return [other.value for other in self._static[1] if other is not None]
+
+    def _flatten(self) -> tuple[list[Any], Any]:
+        return self.arrays, self._static
+
+    @classmethod
+    def _unflatten(cls, static: Any, arrays: Sequence[Any]) -> "Held":
+        held = object.__new__(cls)
+        held._static, held.arrays = static, list(arrays)
+        return held
+
+
+jax.tree_util.register_pytree_node(Held, Held._flatten, Held._unflatten)
+
+
+class _Object:
+    """An object in a static place; equal to another if both certainly hold the same."""
+
+    def __init__(self, value: Any):
+        self.value = value
+        self._contents = kept.contents(value)
+
+    def __hash__(self) -> int:
+        return hash(type(self.value))
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        same = isinstance(other, _Object) and self._contents == other._contents
+        return same and self._contents is not None
+
+
+def close(
+    f: Cell,
+    params: PyTree,
+    x: PyTree,
+    z: PyTree,
+    *,
+    batched: bool = True,
+    cell_dtype: Any = None,
+    sizes: Sequence[int] = (),
+    value_only: bool = False,
+) -> Closure:
+    """Traces `z -> f(params, z, x)` and checks that it returns what it was given.
+
+    With `batched=False` the closure takes and returns z with a batch axis of length 1, so that
+    everything behind it has only one case.
+
+    Args:
+        f: the cell.
+        params: its parameters.
+        x: its input.
+        z: the state, leaves `[B, ...]` (`[...]` with `batched=False`).
+        batched: axis 0 is the batch.
+        cell_dtype: give f the floating leaves of z in this dtype, and cast what it returns back.
+            The caller casts params and x.
+        sizes: also trace f for these numbers of samples, as `Closure.parts`.
+        value_only: see `Program`.
+
+    Raises:
+        ValueError: f returns another structure, shape or dtype; names the leaf, got and expected.
+            Or f fails on fewer samples.
+    """
+    held = Held((params, x))
+    start = z if batched else add_batch_axis(z)
+
+    def function(arguments: Held, z: PyTree) -> PyTree:
+        params, x = arguments.value
+        if batched:
+            return call_checked(f, params, z, x, cell_dtype)
+        return add_batch_axis(call_checked(f, params, drop_batch_axis(z), x, cell_dtype))
+
+    def closed(arguments: Held, z: PyTree) -> Closure:
+        # Inside a `shard_map`, z has to vary over the mesh axes of all that f uses.
+        z = tree.vary_over(z, tree.varying_axes(arguments))
+        jaxpr, captured, out_tree = _trace(function, (f, batched, cell_dtype), arguments, z)
+        if tree.varying_axes(captured) - tree.varying_axes(z):
+            z = tree.vary_over(z, tree.varying_axes(captured))
+            jaxpr, captured, out_tree = _compat.trace(function, arguments, z)
+        arrays = (*captured, *arguments.arrays)
+        shared = len(arrays) - len(Held(x).arrays)
+        per_sample = tuple(batched and i >= shared for i in range(len(arrays)))
+        return Closure(arrays, Program(jaxpr, out_tree, per_sample, value_only))
+
+    whole = closed(held, start)
+    parts = tuple(_closed_for(closed, params, x, start, size, sizes[-1]) for size in sizes)
+    for part in parts:
+        check_apart(whole.program.jaxpr, part.program.jaxpr, sizes[-1])
+    return dataclasses.replace(whole, parts=parts)
+
+
+def _closed_for(
+    closed: Callable[[Held, PyTree], Closure],
+    params: PyTree,
+    x: PyTree,
+    z: PyTree,
+    size: int,
+    shrink_to: int,
+) -> Closure:
+    """The closure for `size` samples, to which `Closure.at` gives theirs."""
+    batch = jax.tree.leaves(z)[0].shape[0]
+    # An index made from z, as in the loop, so that mesh axes vary as they will there.
+    index = tree.zeros_per_sample(z)[:size].astype(jnp.int32)
+    try:
+        part = closed(Held((params, tree.take(x, index))), tree.take(z, index))
+    except Exception as error:
+        raise ValueError(
+            f"Execution(shrink_to={shrink_to}): f on {size} of the {batch} samples fails. It must "
+            "treat each sample by itself, at any batch size; what belongs to a sample, like a mask "
+            "`[B, ...]`, has to come in z or x, which are gathered, and not in params or a "
+            f"closure. The error: {error}"
+        ) from error
+    # The samples of x are gathered in the loop, from all of x.
+    shared = len(part.arrays) - len(Held(x).arrays)
+    return dataclasses.replace(part, arrays=(*part.arrays[:shared], *Held(x).arrays))
+
+
+_traces: dict[Hashable, tuple[Hashable, Any]] = {}
+_MOST_TRACES = 256
+
+
+def _trace(function: Callable[..., PyTree], source: tuple[Any, ...], *args: PyTree) -> Any:
+    """`_compat.trace(function, *args)`, found again where f certainly does the same as before.
+
+    Nothing is kept of an f that closes over arrays, so that none is kept alive.
+    """
+    if _compat.caches_were_cleared():
+        _traces.clear()
+    f, *options = source
+    leaves, structure = jax.tree.flatten(args)
+    code = getattr(f, "__code__", type(f))
+    avals = tuple(map(jax.typeof, leaves))
+    key = (code, str(options), structure, avals, _compat.trace_context())
+    before, traced = _traces.get(key, (None, None))
+    if before is not None and before == kept.contents(f):
+        return traced
+    traced = _compat.trace(function, *args)
+    holds = kept.contents(f)  # after the trace, which may count itself, say
+    if holds is not None and not traced[1]:
+        if len(_traces) >= _MOST_TRACES:
+            _traces.pop(next(iter(_traces)))
+        _traces[key] = holds, traced
+    return traced
+
+
+def call_checked(f: Cell, params: PyTree, z: PyTree, x: PyTree, cell_dtype: Any = None) -> PyTree:
+    """`f(params, z, x)`, with z given in `cell_dtype` and the value cast back to the dtypes of z.
+
+    Raises:
+        ValueError: f returns something else than it was given.
+    """
+    given = cast(z, cell_dtype)
+    fz = f(params, given, x)
+    remedy = "; cast what f returns, or start from a z0 of that dtype"
+    if cell_dtype is not None:
+        remedy = (
+            f"; f is given params, z and x in Execution.cell_dtype={cell_dtype}, and has to cast "
+            "the arrays it closes over"
+        )
+    checks.check_same_form("f must return", "z", fz, given, remedy)
+    return fz if cell_dtype is None else cast_like(fz, z)
+
+
+def initial_state(x: PyTree, z0: PyTree | None, batched: bool) -> PyTree:
+    """The checked start of a solve, as arrays: `z0`, or zeros shaped like `x`.
+
+    Raises:
+        TypeError: a leaf is neither floating nor complex.
+        ValueError: no leaves, no batch axis, batch axes that disagree, or an empty batch.
+    """
+    origin = "z0" if z0 is not None else "x (z0 was left out, so z starts as zeros shaped like x)"
+    source = x if z0 is None else z0
+    sizes = {}
+    for path, leaf in checks.named_leaves(source):
+        name = f"leaf {path} of {origin}"
+        if not checks.is_array(leaf) or not _is_inexact(leaf):
+            kind = jnp.result_type(leaf) if checks.is_array(leaf) else type(leaf).__name__
+            raise TypeError(
+                f"{name} has dtype {kind}, but a state must be floating or complex"
+                + ("; pass z0" if z0 is None else "")
+            )
+        shape = jnp.shape(leaf)
+        if batched and not shape:
+            raise ValueError(f"{name} is a scalar without a batch axis; pass batched=False")
+        sizes[name] = shape[0] if batched else None
+    if not sizes:
+        raise ValueError(f"{origin} has no leaves; the state needs at least one array")
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"axis 0 must be the same batch in every leaf of the state, got {sizes}")
+    if 0 in sizes.values():
+        raise ValueError(f"the batch is empty: axis 0 of {next(iter(sizes))} has length 0")
+    if z0 is None:
+        return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=jnp.result_type(leaf)), x)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), z0)
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def add_batch_axis(z: PyTree) -> PyTree:
+    """A batch of one."""
+    return jax.tree.map(lambda leaf: leaf[None], z)
+
+
+def drop_batch_axis(z: PyTree) -> PyTree:
+    """The only sample of a batch of one."""
+    return jax.tree.map(lambda leaf: leaf[0], z)
