@@ -73,6 +73,11 @@ class Affine:
         """Names of the axes over which the product communicates."""
         return self.product.mesh_axes
 
+    @property
+    def mixes(self) -> bool:
+        """Whether the product can be seen to mix samples."""
+        return self.product.mixes
+
     def linearize(self, w: PyTree) -> tuple[PyTree, LoopBody]:
         """`A w + b` and A."""
         return self(w), self.product
@@ -150,7 +155,7 @@ class Solved:
 
 
 def _unit(system: Affine) -> jax.Array:
-    """A power of two that brings b to unit size in half precision, and from the ends of any range.
+    """A power of two that brings b to unit size in half precision, and from near underflow.
 
     A small cotangent, a mean over batch and pixels, would underflow in float16. One factor serves
     the whole batch, on all devices: A may mix samples, and the system has one scale.
@@ -161,7 +166,8 @@ def _unit(system: Affine) -> jax.Array:
         size = lax.pmax(size, system.mesh_axes)
     _, exponent = jnp.frexp(jnp.where(size > 0, size, 1))
     if all(jnp.finfo(leaf.dtype).bits >= 32 for leaf in jax.tree.leaves(system.b)):
-        exponent = jnp.where(tree.is_ordinary(exponent, size.dtype), 0, exponent)
+        ordinary = tree.is_ordinary(exponent, size.dtype) | (exponent > 0)
+        exponent = jnp.where(ordinary, 0, exponent)
     return tree.power_of_two(-exponent, size.dtype)
 
 

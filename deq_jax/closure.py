@@ -29,7 +29,7 @@ Cell = Callable[[Any, Any, Any], Any]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["arrays", "parts"],
-    meta_fields=["program"],
+    meta_fields=["program", "key_impls"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Closure:
@@ -38,12 +38,14 @@ class Closure:
     Attributes:
         arrays: what it closes over.
         program: what it does with them.
+        key_impls: for each array that holds random keys their implementation, else None.
         parts: the same function for fewer samples, sizes decreasing. They too hold the arrays of
             all samples, until `at` picks those of some.
     """
 
     arrays: tuple[Any, ...]
     program: Program
+    key_impls: tuple[Any, ...]
     parts: tuple["Closure", ...] = ()
 
     differentiable: ClassVar[bool] = True
@@ -52,11 +54,29 @@ class Closure:
     def of(cls, function: Callable[[PyTree], PyTree], z: PyTree) -> "Closure":
         """Traces a function of the state at the shapes of `z`."""
         jaxpr, arrays, out_tree = _compat.trace(function, z)
-        return cls(tuple(arrays), Program(jaxpr, out_tree))
+        return cls.around(arrays, jaxpr, out_tree)
+
+    @classmethod
+    def around(cls, arrays: Sequence[Any], *program: Any) -> "Closure":
+        """The closure of a program, given as the arguments of `Program`, over these arrays.
+
+        Random keys are kept as the numbers they are made of. f draws the same from a key in every
+        evaluation, which is meant, and which `jax.debug_key_reuse` would take for a mistake.
+        """
+        impls = tuple(jax.random.key_impl(a) if _is_key(a) else None for a in arrays)
+        data = (a if i is None else jax.random.key_data(a) for a, i in zip(arrays, impls, strict=True))
+        return cls(tuple(data), Program(*program), impls)
 
     def __call__(self, z: PyTree) -> PyTree:
         """The function at `z`, differentiable in `arrays` and `z`."""
-        return self.program(*map(_fresh_key, self.arrays), *jax.tree.leaves(z))
+        return self.program(*self.values(), *jax.tree.leaves(z))
+
+    def values(self) -> list[Any]:
+        """The arrays as the program takes them, random keys as keys."""
+        return [
+            a if i is None else jax.random.wrap_key_data(a, impl=i)
+            for a, i in zip(self.arrays, self.key_impls, strict=True)
+        ]
 
     @property
     def mesh_axes(self) -> tuple[str, ...]:
@@ -67,6 +87,11 @@ class Closure:
     def size(self) -> int:
         """The number of samples."""
         return self.program.jaxpr.invars[-1].aval.shape[0]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether f can be seen to mix the samples of the batch."""
+        return self.program.mixes
 
     def at(self, index: jax.Array) -> "Closure":
         """The function for the samples `index` `[n]`, where `self` is one of `parts`."""
@@ -108,10 +133,8 @@ class Closure:
         return [leaf for leaf, mine in zip(leaves, chosen, strict=True) if mine], rebuild
 
 
-def _fresh_key(value: Any) -> Any:
-    """A random key as often as f is evaluated: that it draws the same each time is meant."""
-    is_key = jnp.issubdtype(jax.dtypes.result_type(value), jax.dtypes.prng_key)
-    return jax.random.clone(value) if is_key else value
+def _is_key(value: Any) -> bool:
+    return jnp.issubdtype(jax.dtypes.result_type(value), jax.dtypes.prng_key)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["value"])
@@ -229,12 +252,13 @@ def close(
         arrays = (*captured, *arguments.arrays)
         shared = len(arrays) - len(Held(x).arrays)
         per_sample = tuple(batched and i >= shared for i in range(len(arrays)))
-        return Closure(arrays, Program(jaxpr, out_tree, per_sample, value_only))
+        return Closure.around(arrays, jaxpr, out_tree, per_sample, value_only)
 
     whole = closed(held, start)
     parts = tuple(_closed_for(closed, params, x, start, size, sizes[-1]) for size in sizes)
     for part in parts:
-        check_apart(whole.program.jaxpr, part.program.jaxpr, sizes[-1])
+        inputs = (*whole.program.per_sample, *[True] * len(jax.tree.leaves(z)))
+        check_apart(whole.program.jaxpr, part.program.jaxpr, inputs, sizes[-1])
     return dataclasses.replace(whole, parts=parts)
 
 
@@ -260,8 +284,11 @@ def _closed_for(
             f"closure. The error: {error}"
         ) from error
     # The samples of x are gathered in the loop, from all of x.
-    shared = len(part.arrays) - len(Held(x).arrays)
-    return dataclasses.replace(part, arrays=(*part.arrays[:shared], *Held(x).arrays))
+    inputs = Held(x).arrays
+    arrays = [*part.values()[: len(part.arrays) - len(inputs)], *inputs]
+    program = part.program
+    rest = program.jaxpr, program.out_tree, program.per_sample, program.value_only
+    return Closure.around(arrays, *rest)
 
 
 _traces: dict[Hashable, tuple[Hashable, Any]] = {}

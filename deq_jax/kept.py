@@ -107,9 +107,10 @@ def _classes(value: Any) -> list[type]:
 
 
 def _attributes_of(cls: type) -> Iterator[Any]:
-    """What a class defines, but for what Python itself puts there."""
+    """What a class defines, but for what Python and dataclasses put there."""
     for name, value in vars(cls).items():
-        if callable(value) or not (name.startswith("__") and name.endswith("__")):
+        special = name.startswith("__") and name.endswith("__")
+        if name in ("__call__", "__init__", "__getattr__", "__getitem__") or not special:
             yield value
 
 

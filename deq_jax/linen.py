@@ -1,7 +1,173 @@
+"""DEQ layer for Flax Linen."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from deq_jax.execution import Execution
+from deq_jax.fixed_point import deq_fixed_point, returned
+from deq_jax.gradients.implicit import Implicit
+from deq_jax.gradients.policy import GradientPolicy
+from deq_jax.solvers.anderson import Anderson
+from deq_jax.solvers.loop import Solver, iterate
+from deq_jax.solvers.picard import Picard
+from deq_jax.stability.normalization import Normalization
+from deq_jax.stats import BackwardProbe
+
+PyTree = Any
 
 
-def _nothing_solved(z: PyTree) -> SolveStats:
-    """The report of the one application that initialisation makes."""
-    zeros = tree.zeros_per_sample(z)
-    count = zeros.astype(jnp.int32)
-    return SolveStats(zeros + jnp.inf, count, count + int(Status.MAX_ITER), jnp.int32(1))
+class DEQ(nn.Module):
+    """A layer whose output is the equilibrium `z* = cell(z*, x)`.
+
+    The twin of `deq_jax.nnx.DEQ`: the same values, gradients and treatment of `inject`, dropout and
+    batch statistics. Variables are the cell's own, under `cell`.
+
+    Initialisation calls the cell once, to make its parameters, and does not solve: the output of
+    `init_with_output` is that one application, before any normalisation.
+
+    With a `normalization` there are `scale` in the collection `params`, its trainable parameters (g
+    by path), and `statistics` in the collection `normalization`, each if it has any. Statistics
+    advance with each call for which that collection is mutable.
+
+    Attributes:
+        cell: a module with `cell(z, x, **kwargs) -> z`.
+        solver: as for `deq_fixed_point`.
+        gradient: as for `deq_fixed_point`.
+        batched: as for `deq_fixed_point`.
+        execution: as for `deq_fixed_point`.
+        rng_streams: names of the random streams the cell draws from; those present are split once
+            a call and are then the same in every evaluation.
+        normalization: as for `deq_jax.nnx.DEQ`.
+        deterministic: True keeps the statistics of the normalisation, in a mutable collection too.
+    """
+
+    cell: nn.Module
+    solver: Solver = Anderson()
+    gradient: GradientPolicy = Implicit()
+    batched: bool = True
+    execution: Execution = Execution()
+    rng_streams: tuple[str, ...] = ("dropout",)
+    normalization: Normalization | None = None
+    deterministic: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: PyTree,
+        z0: PyTree | None = None,
+        *,
+        return_stats: bool = False,
+        backward_probe: BackwardProbe | None = None,
+        sample_at: tuple[int, ...] = (),
+        sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        **kwargs: Any,
+    ) -> PyTree | tuple[PyTree, ...]:
+        """Solves for z*; `kwargs`, hashable, go to the cell; the rest as `deq_fixed_point`."""
+        if self.is_initializing():
+            injection = self._inject(None, x)
+            start = jax.tree.map(jnp.zeros_like, injection) if z0 is None else z0
+            z = self.cell(start, injection, **kwargs)
+            if self.normalization is not None:
+                self._init_normalization()
+            stats = iterate(lambda _: z, z, Picard(max_iter=1)).stats
+            return returned(z, stats, (z,) * len(sample_at), return_stats)
+
+        effective = self._effective_params(advance=not self.deterministic)
+        injection = self._inject(effective, x)
+        f, state = self._function(effective, kwargs)
+        z, stats, *samples = deq_fixed_point(
+            f,
+            state,
+            injection,
+            z0,
+            solver=self.solver,
+            gradient=self.gradient,
+            batched=self.batched,
+            return_stats=True,
+            backward_probe=backward_probe,
+            sample_at=sample_at,
+            sample_gradient=sample_gradient,
+            execution=self.execution,
+        )
+        if f.changing or self.is_mutable_collection("intermediates"):
+            arguments = jax.lax.stop_gradient((z, injection))
+            _call(self.cell, effective, "__call__", *arguments, **kwargs)
+        return returned(z, stats, *(samples or [()]), return_stats)
+
+    def _init_normalization(self) -> None:
+        scale, statistics = self.normalization.init(self.cell.variables.get("params", {}))
+        if jax.tree.leaves(scale):
+            self.param("scale", lambda _: scale)
+        if jax.tree.leaves(statistics):
+            self.variable("normalization", "statistics", lambda: statistics)
+
+    def equation(self, x: PyTree, **kwargs: Any) -> tuple["_Apply", tuple[PyTree, PyTree], PyTree]:
+        """What the layer solves: `f, params, injection` with `z* = f(params, z*, injection)`.
+
+        As `deq_jax.nnx.DEQ.equation`; by itself `layer.apply(variables, x, method="equation")`.
+        `params` is the pair of the cell's variables, normalised if there is a normalisation, and
+        its random streams.
+        """
+        effective = self._effective_params(advance=False)
+        return *self._function(effective, kwargs), self._inject(effective, x)
+
+    def _function(
+        self, effective: PyTree | None, kwargs: dict[str, Any]
+    ) -> tuple["_Apply", tuple[PyTree, PyTree]]:
+        """The cell as a pure function, and its variables and random streams."""
+        cell, variables = self.cell.unbind()
+        if effective is not None:
+            variables = {**variables, "params": effective}
+        rngs = {name: self.make_rng(name) for name in self.rng_streams if self.has_rng(name)}
+        changing = tuple(name for name in variables if name != "params")
+        return _Apply(cell, changing, tuple(sorted(kwargs.items()))), (variables, rngs)
+
+    def _inject(self, effective: PyTree | None, x: PyTree) -> PyTree:
+        has_injection = callable(getattr(type(self.cell), "inject", None))
+        return _call(self.cell, effective, "inject", x) if has_injection else x
+
+    def _effective_params(self, *, advance: bool) -> PyTree | None:
+        """The cell's normalised parameters; None without a normalisation."""
+        if self.normalization is None:
+            return None
+        params = self.cell.variables.get("params", {})
+        scale = self.get_variable("params", "scale", {})
+        statistics = self.get_variable("normalization", "statistics", {})
+        effective, advanced = self.normalization(params, scale, statistics)
+        changes = self.is_mutable_collection("normalization") and advance
+        if changes and jax.tree.leaves(statistics):
+            self.put_variable("normalization", "statistics", advanced)
+        return effective
+
+
+def _call(
+    cell: nn.Module, params: PyTree | None, method: str, /, *args: Any, **kwargs: Any
+) -> PyTree:
+    """Calls a bound cell, with other `params` unless None; what it writes, it writes as ever."""
+
+    def call(cell: nn.Module) -> PyTree:
+        return getattr(cell, method)(*args, **kwargs)
+
+    if params is not None:
+        call = nn.map_variables(call, "params", trans_in_fn=lambda _: {"params": params})
+    return call(cell)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Apply:
+    """The cell as a pure function; what it writes to its collections is dropped."""
+
+    cell: nn.Module
+    changing: tuple[str, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+    def __call__(self, state: tuple[PyTree, PyTree], z: PyTree, x: PyTree) -> PyTree:
+        variables, rngs = state
+        z, _ = self.cell.apply(
+            variables, z, x, **dict(self.kwargs), rngs=rngs, mutable=list(self.changing)
+        )
+        return z

@@ -1,31 +1,61 @@
-"""Whether f can be seen to mix samples, from its jaxprs at two batch sizes."""
+"""Whether f can be seen to mix the samples of a batch, from the operations of its jaxpr.
 
+The batch axis of the state is followed from operation to operation. Where an operation joins
+entries along it, f mixes samples. What is not known here (indexing, loops, branches) is not
+judged, so that no answer is no promise.
+"""
+
+import math
+from collections.abc import Sequence
 from typing import Any
-
-import jax.numpy as jnp
 
 from deq_jax import _compat
 
-_ACROSS = {
-    "reduce_sum": lambda params: params["axes"],
-    "dot_general": lambda params: params["dimension_numbers"][0][0],
-    "cumsum": lambda params: (params["axis"],),
-    "cumprod": lambda params: (params["axis"],),
-    "cumlogsumexp": lambda params: (params["axis"],),
-}
-"""Operations that join entries of their first argument, and along which axes."""
+_ELEMENTWISE = frozenset(
+    "abs add add_any and atan2 cbrt ceil clamp complex conj convert_element_type copy copy_p cos "  # noqa: SIM905
+    "cosh div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma "
+    "log log1p logistic lt max min mul ne neg nextafter not optimization_barrier or pow real "
+    "reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan "
+    "tanh xor".split()
+)
+_REDUCTIONS = frozenset(
+    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split()  # noqa: SIM905
+)
+_CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())  # noqa: SIM905
 
-_RANDOM = frozenset({"random_bits", "random_split", "random_gamma"})
+_LOST = -1
+"""The batch axis of a value that depends on samples in a way that is not known."""
 
 
-def check_apart(jaxpr: Any, smaller: Any, shrink_to: int) -> None:
-    """Raises where f can be seen to mix samples; not every f that does so is seen.
+def seen_to_mix(jaxpr: Any, per_sample: Sequence[bool]) -> str | None:
+    """How f mixes samples, as the end of the sentence "f ..."; None where that is not seen.
 
-    Axes whose lengths depend on the batch are found by comparing both jaxprs. `while` and `cond`
-    are not looked into, nor are booleans, integers, largest entries and indexing judged. What
-    nobody reads does not count, nor do sums over no entries.
+    Args:
+        jaxpr: of f.
+        per_sample: for each of its inputs, whether axis 0 is the batch.
     """
-    found = _mixing(jaxpr, smaller, [True] * len(jaxpr.outvars), [True] * len(jaxpr.invars))[0]
+    return _follow(jaxpr, [0 if mine else None for mine in per_sample])[0]
+
+
+def check_apart(jaxpr: Any, smaller: Any, per_sample: Sequence[bool], shrink_to: int) -> None:
+    """Raises where f can be seen to mix samples, or draws for all of them from one key.
+
+    Args:
+        jaxpr: of f for the whole batch.
+        smaller: of f for a part of it.
+        per_sample: see `seen_to_mix`.
+        shrink_to: named in the message.
+    """
+    found = seen_to_mix(jaxpr, per_sample)
+    draws = [
+        [e.params["shape"] for e in _compat.all_equations(j) if e.primitive.name in _RANDOM]
+        for j in (jaxpr, smaller)
+    ]
+    if draws[0] != draws[1]:
+        found = (
+            f"draws random numbers for the whole batch from one key, of shapes {draws[0]}; draw "
+            "them before the solve and pass them in x, or pass a key for each sample"
+        )
     if found:
         raise ValueError(
             f"Execution(shrink_to={shrink_to}) goes on with some samples alone, so f must treat "
@@ -33,77 +63,124 @@ def check_apart(jaxpr: Any, smaller: Any, shrink_to: int) -> None:
         )
 
 
-def _mixing(
-    jaxpr: Any, smaller: Any, wanted: list[bool], carries: list[bool]
-) -> tuple[str | None, list[bool]]:
-    """What mixes samples, if anything; and which outputs may carry data of samples.
+_RANDOM = frozenset({"random_bits", "random_split", "random_gamma"})
+
+
+def _follow(jaxpr: Any, axes: list[int | None]) -> tuple[str | None, list[int | None]]:
+    """How the jaxpr mixes samples, if at all, and the batch axes of its outputs.
 
     Args:
-        jaxpr: of the whole batch.
-        smaller: of a part of it.
-        wanted: the outputs that somebody reads.
-        carries: the inputs that may carry data of samples.
+        jaxpr: a jaxpr.
+        axes: the batch axis of each input; None where it is the same for all samples.
     """
-    everything = None, [True] * len(jaxpr.outvars)
-    names = [[equation.primitive.name for equation in j.eqns] for j in (jaxpr, smaller)]
-    if names[0] != names[1]:
-        return everything
-    needed = {v for v, used in zip(jaxpr.outvars, wanted, strict=True) if used and _is_var(v)}
-    live = []
-    for pair in reversed(list(zip(jaxpr.eqns, smaller.eqns, strict=True))):
-        if any(v in needed and v.aval.size > 0 for v in pair[0].outvars):
-            live.append(pair)
-            needed.update(v for v in pair[0].invars if _is_var(v))
-    data = {v for v, carried in zip(jaxpr.invars, carries, strict=True) if carried}
+    axis_of: dict[Any, int | None] = dict(zip(jaxpr.invars, axes, strict=True))
 
-    def holds_data(atom: Any) -> bool:
-        return _is_var(atom) and atom in data and atom.aval.size > 0
+    def axis(atom: Any) -> int | None:
+        return None if isinstance(atom, _compat.Literal) else axis_of.get(atom)
 
-    for one, other in reversed(live):
-        given = [holds_data(atom) for atom in one.invars]
-        results = [any(given)] * len(one.outvars)
-        bodies = [_compat.nested(equation) for equation in (one, other)]
-        if len(bodies[0]) == len(bodies[1]) == 1 and _is_call(one, bodies[0][0]):
-            read = [v in needed for v in one.outvars]
-            found, results = _mixing(bodies[0][0], bodies[1][0], read, given)
+    for equation in _live(jaxpr):
+        given = [axis(atom) for atom in equation.invars]
+        if all(a is None for a in given):
+            continue
+        bodies = _compat.nested(equation)
+        if _LOST in given:
+            found, results = None, [_LOST] * len(equation.outvars)
+        elif len(bodies) == 1 and _is_call(equation, bodies[0]):
+            found, results = _follow(bodies[0], given)
         else:
-            found = _mixes(one, other, any(given))
+            result = _through(equation, given)
+            found = result if isinstance(result, str) else None
+            results = [result if isinstance(result, int) else _LOST] * len(equation.outvars)
         if found:
-            return found, results
-        data.update(v for v, carried in zip(one.outvars, results, strict=True) if carried)
-    return None, [holds_data(atom) for atom in jaxpr.outvars]
+            return found, []
+        axis_of.update(zip(equation.outvars, results, strict=True))
+    return None, [axis(atom) for atom in jaxpr.outvars]
 
 
-def _mixes(one: Any, other: Any, of_samples: bool) -> str | None:
-    """How one operation, seen at two batch sizes, mixes samples; `of_samples`: it reads some."""
-    name = one.primitive.name
-    if name in _RANDOM:
-        shapes = [equation.params["shape"] for equation in (one, other)]
-        if shapes[0] != shapes[1]:
-            return (
-                f"draws random numbers for the whole batch from one key ({name} of shape "
-                f"{shapes[0]}); draw them before the solve and pass them in x, or pass a key for "
-                "each sample"
-            )
-    if name in _ACROSS and of_samples and jnp.issubdtype(one.invars[0].aval.dtype, jnp.inexact):
-        shapes = [equation.invars[0].aval.shape for equation in (one, other)]
-        same_rank = len(shapes[0]) == len(shapes[1])
-        if same_rank and any(
-            shapes[0][axis] != shapes[1][axis] for axis in _ACROSS[name](one.params)
-        ):
-            return (
-                f"sums over the batch ({name} of shape {shapes[0]}, {shapes[1]} for fewer "
-                "samples), as a BatchNorm in training mode does"
-            )
-    return None
+def _live(jaxpr: Any) -> list[Any]:
+    """The equations on which an output depends."""
+    needed, live = set(_variables(jaxpr.outvars)), []
+    for equation in reversed(jaxpr.eqns):
+        if needed.intersection(equation.outvars):
+            live.append(equation)
+            needed.update(_variables(equation.invars))
+    return live[::-1]
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+    return [atom for atom in atoms if not isinstance(atom, _compat.Literal)]
 
 
 def _is_call(equation: Any, body: Any) -> bool:
-    """`equation` is one call of `body`, or several in a row."""
-    arguments = len(body.invars) == len(equation.invars) and not body.constvars
-    return arguments and len(body.outvars) == len(equation.outvars)
+    """Whether the equation is one call of `body`."""
+    same = len(body.invars) == len(equation.invars) and not body.constvars
+    loop = equation.primitive.name in ("scan", "while", "cond", "shard_map")
+    return same and len(body.outvars) == len(equation.outvars) and not loop
 
 
-def _is_var(atom: Any) -> bool:
-    return isinstance(atom, _compat.Var)
+def _through(equation: Any, given: list[int | None]) -> int | str | None:
+    """The batch axis of the result; or how samples are mixed; None where it is not known."""
+    name, params = equation.primitive.name, equation.params
+    shapes = [atom.aval.shape for atom in equation.invars]
+    known = {a for a in given if a is not None}
+    batch, first = next(iter(known)), shapes[0]
+    if name in _ELEMENTWISE:
+        return batch if len(known) == 1 else None
+    if name == "dot_general":
+        return _through_product(equation, given)
+    if given[0] is None:
+        return None
+    if name in _REDUCTIONS or name in _CUMULATIVE:
+        over = (params["axis"],) if name in _CUMULATIVE else params["axes"]
+        if batch in over and first[batch] > 1 and math.prod(first) > 0:
+            return f"sums over the batch or compares its samples ({name} of shape {first})"
+        return batch if name in _CUMULATIVE else batch - sum(a < batch for a in over)
+    if name == "broadcast_in_dim":
+        return params["broadcast_dimensions"][batch]
+    if name == "transpose":
+        return params["permutation"].index(batch)
+    if name == "squeeze":
+        return batch - sum(a < batch for a in params["dimensions"])
+    if name == "expand_dims":
+        return batch + sum(a <= batch for a in params["dimensions"])
+    if name == "reshape":
+        lead, new = math.prod(first[:batch]), params["new_sizes"]
+        fits = [i for i in range(len(new)) if math.prod(new[:i]) == lead and new[i] == first[batch]]
+        return fits[0] if fits else None
+    if name == "concatenate" and params["dimension"] != batch:
+        return batch if len(known) == 1 else None
+    if name == "conv_general_dilated" and given[1] is None:
+        numbers = params["dimension_numbers"]
+        return numbers.out_spec[0] if numbers.lhs_spec[0] == batch else None
+    if name in ("slice", "pad", "rev", "sort", "split"):
+        kept = name == "rev" and batch not in params["dimensions"]
+        kept |= name == "sort" and params["dimension"] != batch
+        kept |= name == "split" and params["axis"] != batch
+        kept |= name == "pad" and params["padding_config"][batch] == (0, 0, 0)
+        kept |= name == "slice" and equation.outvars[0].aval.shape[batch] == first[batch]
+        return batch if kept else None
+    return None
 
+
+def _through_product(equation: Any, given: list[int | None]) -> int | str | None:
+    """`_through` for `dot_general`."""
+    contracted, batches = equation.params["dimension_numbers"]
+    ranks = [len(atom.aval.shape) for atom in equation.invars]
+    places = []
+    for side in (0, 1):
+        axis = given[side]
+        if axis is None:
+            continue
+        if axis in contracted[side]:
+            shape = equation.invars[side].aval.shape
+            return f"sums over the batch (dot_general of shape {shape})"
+        if axis in batches[side]:
+            places.append(batches[side].index(axis))
+            continue
+        gone = set(contracted[side]) | set(batches[side])
+        before = sum(a not in gone for a in range(axis))
+        lhs_free = ranks[0] - len(contracted[0]) - len(batches[0])
+        places.append(len(batches[0]) + before + (lhs_free if side else 0))
+    if len(places) == 2 and places[0] != places[1]:
+        return "multiplies samples with each other (dot_general)"
+    return places[0]

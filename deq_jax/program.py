@@ -13,6 +13,7 @@ import numpy as np
 
 from deq_jax import _compat
 from deq_jax.kept import Same
+from deq_jax.mixing import seen_to_mix
 
 PyTree = Any
 
@@ -62,6 +63,13 @@ class Program:
             # The solve runs under automatic sharding; f runs in the types it was traced in.
             run = jax.sharding.explicit_axes(run, in_sharding=self.specs)
         return self.out_tree.unflatten(run(*values))
+
+    @functools.cached_property
+    def mixes(self) -> bool:
+        """Whether it can be seen to mix the samples of the state."""
+        inputs = len(self.jaxpr.invars)
+        arrays = self.per_sample or (False,) * (inputs - self.out_tree.num_leaves)
+        return bool(seen_to_mix(self.jaxpr, (*arrays, *[True] * (inputs - len(arrays)))))
 
     @functools.cached_property
     def _rest(self) -> Hashable:

@@ -79,6 +79,8 @@ class Map(Protocol):
     Attributes:
         mesh_axes: axes of a `shard_map` over which it communicates. Devices along them go on
             together until none has an active sample; along others each stops by itself.
+        mixes: samples are seen not to be independent. What is returned if not all converge is then
+            the last batch that was evaluated, since no other has the residuals that are reported.
         parts: the function for fewer samples, sizes decreasing: `part.at(index)` is that of the
             `part.size` samples `index`. Once only so many are active, the loop goes on with these
             alone.
@@ -86,6 +88,8 @@ class Map(Protocol):
 
     @property
     def mesh_axes(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def mixes(self) -> bool: ...  # noqa: D102
     @property
     def parts(self) -> tuple[Any, ...]: ...  # noqa: D102
 
@@ -257,6 +261,8 @@ def solve(
         # The best iterate. Where atol is what is met, an earlier one may have a lower relative
         # residual; that of a resting sample is what it is among the others now.
         improved = converged | woken | (active & finite & (residual < carry.best_residual))
+        if f.mixes:
+            improved |= active & finite & (carry.evaluations + 1 == solver.max_iter)
         best = tree.where(improved, z, carry.best)
 
         # The next point.

@@ -48,6 +48,11 @@ class LoopBody:
         """Names of the axes over which a trip communicates."""
         return self.body.mesh_axes
 
+    @property
+    def mixes(self) -> bool:
+        """Whether it can be seen to mix samples."""
+        return self._source.mixes
+
     def linearize(self, z: PyTree) -> tuple[PyTree, "LoopBody"]:
         """The function at `z`, and its derivative there, ready for a loop in its turn."""
         fz, product = self._source.linearize(z)

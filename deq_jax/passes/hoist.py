@@ -12,7 +12,6 @@ from typing import Any
 from deq_jax import _compat
 from deq_jax.closure import Closure
 from deq_jax.passes.flatten import Flat, Operation
-from deq_jax.program import Program
 
 _CHEAP = frozenset(
     "add and broadcast_in_dim convert_element_type copy eq expand_dims ge gt iota le lt max min "  # noqa: SIM905
@@ -37,9 +36,9 @@ def hoist(f: Closure, flat: Flat) -> Closure:
     # What is computed before the loop.
     before = [op.equation for op in _needed(known, list(made))]
     stored = _compat.evaluate(
-        _compat.with_equations(flat.jaxpr, given, before, list(made)), f.arrays
+        _compat.with_equations(flat.jaxpr, given, before, list(made)), f.values()
     )
-    kept = [(v, array) for v, array in zip(given, f.arrays, strict=True) if v in used]
+    kept = [(v, array) for v, array in zip(given, f.values(), strict=True) if v in used]
     variables = [*(v for v, _ in kept), *made]
     body = _compat.with_equations(
         flat.jaxpr,
@@ -47,7 +46,7 @@ def hoist(f: Closure, flat: Flat) -> Closure:
         [op.equation for op in inside],
         flat.outvars,
     )
-    return Closure((*(array for _, array in kept), *stored), Program(body, f.program.out_tree))
+    return Closure.around([*(array for _, array in kept), *stored], body, f.program.out_tree)
 
 
 def _divide(

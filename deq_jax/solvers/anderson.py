@@ -165,21 +165,27 @@ def _minimiser(gram: jax.Array, filled: jax.Array, ridge: Any) -> tuple[jax.Arra
     right-hand side 0: weight 0 at a static shape.
     """
     slots = len(gram)
+    # That 1 / √H_ii is a change of variables, which does not move the solution, so it needs no
+    # derivative; below the smallest normal numbers a square carries nothing.
+    least = 1e3 * float(jnp.finfo(gram.dtype).tiny)
     diagonal = [gram[i, i] for i in range(slots)]
-    usable = [filled[i] & (diagonal[i] > 0) for i in range(slots)]
+    usable = [filled[i] & (diagonal[i] > least) for i in range(slots)]
     scale = [
-        jnp.where(u, lax.rsqrt(jnp.where(u, d, 1)), 0)
+        lax.stop_gradient(jnp.where(u, lax.rsqrt(jnp.where(u, d, 1)), 0))
         for u, d in zip(usable, diagonal, strict=True)
     ]
     # Rounding leaves an error of about m ε in the scaled matrix; below it a ridge does nothing.
-    least = 2 * slots * float(jnp.finfo(gram.dtype).eps)
-    ridge = jnp.maximum(jnp.asarray(ridge, gram.dtype), least)
+    rounding = 2 * slots * float(jnp.finfo(gram.dtype).eps)
+    ridge = jnp.maximum(jnp.asarray(ridge, gram.dtype), rounding)
 
     def entry(i: int, j: int) -> jax.Array:
-        return jnp.where(usable[i] & usable[j], gram[i, j] * scale[i] * scale[j], 0)
+        scaled = gram[i, j] * scale[i] * scale[j]
+        if i == j:  # exactly 1 + ρ, with the derivative of (1 + ρ) H_ii / H_ii by H_ii
+            return (1 + ridge) * (1 + (scaled - lax.stop_gradient(scaled)))
+        return jnp.where(usable[i] & usable[j], scaled, 0)
 
     solve = _solve_unrolled if slots <= _UNROLLED else _solve_by_cholesky
-    w, solved = solve(entry, 1 + ridge, scale)
+    w, solved = solve(entry, scale)
     w = [s * w for s, w in zip(scale, w, strict=True)]
     total = functools.reduce(jnp.add, w)
     positive = total > 0
@@ -192,11 +198,11 @@ _UNROLLED = 10
 
 
 def _solve_unrolled(
-    entry: Callable[[int, int], jax.Array], diagonal: jax.Array, rhs: list[jax.Array]
+    entry: Callable[[int, int], jax.Array], rhs: list[jax.Array]
 ) -> tuple[list[jax.Array], jax.Array]:
     """Solves `A w = rhs` by A = L D Lᵀ, and says where `[B]` all pivots are positive.
 
-    `entry(i, j)` is A_ij `[B]` off the diagonal. A pivot that fails is replaced by 1, so that
+    `entry(i, j)` is A_ij `[B]`. A pivot that fails is replaced by 1, so that
     neither the solution nor its derivative is NaN.
     """
     count = len(rhs)
@@ -208,7 +214,7 @@ def _solve_unrolled(
         for j in range(i):
             row.append(entry(i, j) - _sum_of_products(row, lower[j]))
         lower.append([r / d for r, d in zip(row, pivots, strict=True)])
-        pivot = diagonal - _sum_of_products(row, lower[i])
+        pivot = entry(i, i) - _sum_of_products(row, lower[i])
         solved &= pivot > 0
         pivots.append(jnp.where(pivot > 0, pivot, 1))
     # L y = rhs, then Lᵀ w = y / d.
@@ -226,12 +232,11 @@ def _sum_of_products(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> Any:
 
 
 def _solve_by_cholesky(
-    entry: Callable[[int, int], jax.Array], diagonal: jax.Array, rhs: list[jax.Array]
+    entry: Callable[[int, int], jax.Array], rhs: list[jax.Array]
 ) -> tuple[list[jax.Array], jax.Array]:
     """`_solve_unrolled` for larger systems, by JAX's batched factorisation."""
     count = len(rhs)
-    ones = diagonal + 0 * rhs[0]
-    rows = [[entry(i, j) if i != j else ones for j in range(count)] for i in range(count)]
+    rows = [[entry(i, j) for j in range(count)] for i in range(count)]
     matrix = jnp.stack([jnp.stack(row, 1) for row in rows], 1)
     factor = lax.linalg.cholesky(matrix, symmetrize_input=False)
     w = cho_solve((factor, True), jnp.stack(rhs, 1)[..., None])[..., 0]

@@ -169,6 +169,9 @@ class Broyden:
         size = tree.norm(lax.stop_gradient(g))
         rejected = self._rejected(size, state)
 
+        # Nothing has been learned at the first point, whose scale `init` did not know.
+        state = state._replace(base=tree.where(jnp.isinf(state.size), point, state.base))
+        # B <- B + u vᵀ from the change of z and g since the last accepted point.
         change, g_change = point - state.base, g - state.residual
         # A sample that has stopped rests, and keeps the estimate that its gradient may start from.
         resting = tree.norm(lax.stop_gradient(change)) == 0
@@ -200,6 +203,7 @@ class Broyden:
         direction = tree.where(sound, direction, g)
         inverse = inverse._replace(filled=inverse.filled & sound[:, None])
 
+        # The next step -s B g from here, or half of the last one from the old base.
         base = tree.where(rejected, state.base, point)
         direction = tree.where(rejected, state.direction, direction)
         length = jnp.where(rejected, state.length / 2, jnp.asarray(self.step_size, size.dtype))
@@ -226,11 +230,19 @@ class Broyden:
 def _rank_one(
     change: jax.Array, b_change: jax.Array, v: jax.Array, g_change: jax.Array, wanted: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`u = (Δz - B Δg) / ⟨v, Δg⟩` and v, both zero where `[B]` the update is to be left out."""
-    denominator = tree.dot(v, g_change)
-    sizes = tree.norm(lax.stop_gradient(v)) * tree.norm(lax.stop_gradient(g_change))
-    smallest = jnp.finfo(denominator.dtype).eps * sizes
-    learned = wanted & (jnp.abs(lax.stop_gradient(denominator)) > smallest)
+    """`u = (Δz - B Δg) / ⟨v, Δg⟩` and v, both zero where `[B]` the update is to be left out.
+
+    v and Δg are brought to unit length first, which leaves u vᵀ as it is. Their lengths cancel, so
+    they need no derivative.
+    """
+    lengths = [tree.norm(lax.stop_gradient(a)) for a in (v, g_change)]
+    usable = wanted & (lengths[0] > 0) & (lengths[1] > 0)
+    per_v, per_g = (jnp.where(usable, 1 / jnp.where(usable, n, 1), 0) for n in lengths)
+    v, error = tree.scale(per_v, v), tree.scale(per_g, change - b_change)
+    denominator = tree.dot(v, tree.scale(per_g, g_change))
+    smallest = jnp.finfo(denominator.dtype).eps
+    learned = usable & (jnp.abs(lax.stop_gradient(denominator)) > smallest)
     factor = jnp.where(learned, 1 / jnp.where(learned, denominator, 1), 0)
-    u = tree.where(learned, tree.scale(factor, change - b_change), jnp.zeros_like(v))
-    return u, tree.where(learned, v, jnp.zeros_like(v)), learned
+    nothing = jnp.zeros_like(v)
+    u = tree.where(learned, tree.scale(factor, error), nothing)
+    return u, tree.where(learned, v, nothing), learned

@@ -521,7 +521,7 @@ def made_anew_as_a_bound_method(gain):
 )
 def test_a_function_made_anew_around_arrays_is_not_compiled_again(make, solver, compilations):
     x = jnp.asarray(X)
-    check_close(deq_fixed_point(make(0.1), None, x, solver=solver), solution(0.1, X))
+    check_close(deq_fixed_point(make(np.float64(0.1)), None, x, solver=solver), solution(0.1, X))
     gains = np.linspace(0.2, 0.6, 4)
     functions = [make(gain) for gain in gains]
     before = len(compilations)

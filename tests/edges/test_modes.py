@@ -456,7 +456,7 @@ def test_traced_settings_are_not_compiled_again(field):
         check_solution(z, field, value)
         expected, expected_iterations = run_with(make(value))
         np.testing.assert_array_equal(stats.iterations, expected_iterations)
-        np.testing.assert_allclose(z, expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(z, expected, rtol=0, atol=1e-10)
         counts.append(int(stats.evaluations))
     assert solve._cache_size() == 1
     assert len(set(counts)) > 1
@@ -522,7 +522,7 @@ def test_a_traced_tolerance_of_the_backward_solve(kind):
         return gradients, report
 
     seen = []
-    for tol in (1e-2, 1e-9):
+    for tol in (3e-1, 1e-9):
         gradients, report = run(
             jnp.asarray(tol), jnp.asarray(W), jnp.asarray(X), BackwardProbe.zeros(4)
         )
