@@ -10,12 +10,12 @@ from deq_jax.gradients.one_step import OneStep as OneStep
 from deq_jax.gradients.phantom import Phantom as Phantom
 from deq_jax.gradients.policy import GradientPolicy as GradientPolicy
 from deq_jax.gradients.unrolled import Unrolled as Unrolled
-from deq_jax.solvers.anderson import Anderson as Anderson
 from deq_jax.linear.bicgstab import BiCGStab as BiCGStab
-from deq_jax.solvers.broyden import Broyden as Broyden
 from deq_jax.linear.gmres import GMRES as GMRES
 from deq_jax.linear.krylov import LinearSolver as LinearSolver
 from deq_jax.solve import Solver as Solver
+from deq_jax.solvers.anderson import Anderson as Anderson
+from deq_jax.solvers.broyden import Broyden as Broyden
 from deq_jax.solvers.newton_krylov import NewtonKrylov as NewtonKrylov
 from deq_jax.solvers.picard import Picard as Picard
 from deq_jax.stats import BackwardProbe as BackwardProbe

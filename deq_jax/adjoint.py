@@ -33,7 +33,7 @@ from deq_jax.closure import Closure, Held, Static
 from deq_jax.linear.krylov import LinearSolver
 from deq_jax.passes import LoopBody
 from deq_jax.shrinking import Phase
-from deq_jax.solve import Solver, solve
+from deq_jax.solve import solve
 from deq_jax.solvers.broyden import Broyden, BroydenState, InverseJacobian
 from deq_jax.stats import BackwardProbe, Solution, Status
 
@@ -112,7 +112,9 @@ class Inverse(Protocol):
         ...
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["held", "estimate"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["held", "estimate"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Solved:
     """The system solved by a fixed-point or a linear solver.
@@ -226,7 +228,7 @@ def _solution_tangent(primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
     directions = [t for t in jax.tree.leaves(tangents[0], is_leaf=_is_zero) if not _is_zero(t)]
     if not directions:
         return z, jax.tree.map(jnp.zeros_like, z)
-    variables, rebuild = f.variables(moves)
+    variables, _ = f.variables(moves)
 
     # b = ∂f/∂p ṗ. Checkpointed: in reverse mode f is linearised in the backward pass, and nothing
     # of that is stored from the forward pass.

@@ -1,8 +1,8 @@
 """Options: range checks of their fields, and options as pytrees.
 
 Solvers and gradient policies are frozen dataclasses. A field that holds a Python number is part of
-the program, as a static argument of `jax.jit` is. A field that holds a NumPy or JAX scalar, a traced
-one too, is data: the compiled program takes it as an input and serves every value of it.
+the program, as a static argument of `jax.jit` is. A field that holds a NumPy or JAX scalar, traced
+or not, is data: the compiled program takes it as an input and serves every value of it.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ Real = float | np.floating[Any] | np.integer[Any] | jax.Array
 
 
 def register_options(cls: type[T]) -> type[T]:
-    """Makes a frozen dataclass a pytree, by decoration: fields that hold scalars as data are leaves.
+    """Makes a frozen dataclass a pytree whose leaves are the fields that hold data.
 
     A field with other options in it (the solver of `Implicit`, say) is a subtree. All else is
     static. Unflattening makes no range checks, because JAX unflattens with placeholders.
@@ -52,7 +52,9 @@ def _is_data(value: Any) -> bool:
 
 def is_array(value: Any) -> bool:
     """Whether JAX takes the value as an array or a scalar."""
-    number = bool | int | float | complex | np.generic | np.ndarray
+    if isinstance(value, np.generic | np.ndarray):
+        return value.dtype.kind not in "USOmM"  # strings, objects, dates
+    number = bool | int | float | complex
     return isinstance(value, jax.Array | number) or hasattr(value, "__jax_array__")
 
 
@@ -88,7 +90,9 @@ def check_number(
         ValueError: it is out of range; the message names the field, the value and the range.
     """
     label, value = _field(owner, name)
-    if isinstance(value, bool) or not is_array(value) or not _is_real_scalar(value):
+    if is_array(value) and np.shape(value) != ():
+        raise TypeError(f"{label} must be a scalar, got an array of shape {np.shape(value)}")
+    if isinstance(value, bool) or not is_array(value) or not _is_real(value):
         raise TypeError(f"{label} must be a number, got {value!r}")
     if isinstance(value, jax.core.Tracer):
         return
@@ -99,10 +103,9 @@ def check_number(
         raise ValueError(f"{label} must be finite, {lower}{upper}, got {value!r}")
 
 
-def _is_real_scalar(value: Any) -> bool:
+def _is_real(value: Any) -> bool:
     dtype = jax.dtypes.result_type(value)
-    real = jax.numpy.issubdtype(dtype, np.floating) or jax.numpy.issubdtype(dtype, np.integer)
-    return real and np.shape(value) == ()
+    return any(jax.numpy.issubdtype(dtype, kind) for kind in (np.floating, np.integer))
 
 
 def check_count(owner: object, name: str) -> None:

@@ -11,7 +11,7 @@ the only argument, and programs are equal where their operations are.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -64,7 +64,9 @@ class Closure:
         evaluation, which is meant, and which `jax.debug_key_reuse` would take for a mistake.
         """
         impls = tuple(jax.random.key_impl(a) if _is_key(a) else None for a in arrays)
-        data = (a if i is None else jax.random.key_data(a) for a, i in zip(arrays, impls, strict=True))
+        data = (
+            a if i is None else jax.random.key_data(a) for a, i in zip(arrays, impls, strict=True)
+        )
         return cls(tuple(data), Program(*program), impls)
 
     def __call__(self, z: PyTree) -> PyTree:
@@ -233,6 +235,13 @@ def close(
         ValueError: f returns another structure, shape or dtype; names the leaf, got and expected.
             Or f fails on fewer samples.
     """
+    if not callable(f):
+        raise TypeError(f"f must be a function f(params, z, x), got {f!r}")
+    for argument, value in (("params", params), ("x", x)):
+        for name, leaf in checks.named_leaves(value):
+            if isinstance(leaf, Iterator):
+                kind = type(leaf).__name__
+                raise TypeError(f"leaf {name} of {argument} is a {kind}; make a list of its items")
     held = Held((params, x))
     start = z if batched else add_batch_axis(z)
 

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 
 from deq_jax import _compat, checks, precision, sharding, tree
 from deq_jax.adjoint import Affine, Solved
-from deq_jax.closure import Cell, Closure, Held, add_batch_axis, close, drop_batch_axis, initial_state
+from deq_jax.closure import (
+    Cell,
+    Closure,
+    Held,
+    add_batch_axis,
+    close,
+    drop_batch_axis,
+    initial_state,
+)
 from deq_jax.execution import Execution
 from deq_jax.gradients.implicit import Implicit, is_linear_solver
 from deq_jax.gradients.policy import GradientPolicy, check_policy, differentiates_solver
@@ -177,6 +185,8 @@ def deq_fixed_point(
     Source: Bai, Kolter and Koltun, "Deep equilibrium models", 2019; "Deep Implicit Layers", ch. 4.
     """
     checks.check_bool("return_stats", return_stats)
+    if not isinstance(sample_at, tuple | list):
+        raise TypeError(f"sample_at must be a tuple of integers, got {sample_at!r}")
     sample_at = tuple(sample_at)
     policies = (gradient, *_sample_policies(sample_at, sample_gradient, gradient))
     task = _Task(solver, policies, batched, sample_at, execution)
@@ -231,7 +241,9 @@ class _Task:
             policy.check(self.solver)
         shrink_to = f"Execution(shrink_to={self.execution.shrink_to})"
         if self.execution.shrink_to is not None and not self.batched:
-            raise ValueError(f"{shrink_to} needs samples that can leave, but batched=False has none")
+            raise ValueError(
+                f"{shrink_to} needs samples that can leave, but batched=False has none"
+            )
         if self.execution.shrink_to is not None and any(map(differentiates_solver, self.policies)):
             raise ValueError(
                 f"{shrink_to} does not go with gradient={self.policies[0]!r}, which differentiates "
@@ -248,8 +260,6 @@ def _run(
     probe: BackwardProbe | None,
 ) -> Solution:
     """Checks and casts the arguments, closes f and solves."""
-    if not callable(f):
-        raise TypeError(f"f must be a function f(params, z, x), got {f!r}")
     z0 = precision.cast(initial_state(x, z0, task.batched), task.execution.state_dtype)
     _check_probe(probe, z0, task.batched)
     batch = jax.tree.leaves(z0)[0].shape[0] if task.batched else 1
@@ -396,16 +406,19 @@ def solve_adjoint(
     if shapes[0] != shapes[1]:
         raise ValueError(f"cotangent must be like z: got {shapes[1]}, expected {shapes[0]}")
     for (name, leaf), y in zip(checks.named_leaves(z), jax.tree.leaves(cotangent), strict=True):
-        if jnp.iscomplexobj(y) and not jnp.iscomplexobj(leaf):
-            raise ValueError(f"cotangent must be real where z is real: leaf {name} is complex")
+        got = jnp.result_type(y) if checks.is_array(y) else type(y).__name__
+        complex_to_real = jnp.iscomplexobj(y) and not jnp.iscomplexobj(leaf)
+        if not checks.is_array(y) or complex_to_real:
+            raise ValueError(
+                f"cotangent must be real where z is real, and of numbers: leaf {name}: got {got}, "
+                f"expected {leaf.dtype}"
+            )
     cotangent = jax.tree.map(lambda y, z: jnp.asarray(y, z.dtype), cotangent, z)
     closed = close(f, params, x, z, batched=batched)
     return _solve_adjoint_compiled(closed, z, cotangent, Held(solver), batched)
 
 
-def _solve_adjoint(
-    f: Closure, z: PyTree, cotangent: PyTree, held: Held, batched: bool
-) -> Solution:
+def _solve_adjoint(f: Closure, z: PyTree, cotangent: PyTree, held: Held, batched: bool) -> Solution:
     if not batched:
         z, cotangent = add_batch_axis(z), add_batch_axis(cotangent)
     f, z, cotangent = jax.lax.stop_gradient((f, z, cotangent))
@@ -426,6 +439,20 @@ def returned(
     if not (return_stats or samples):
         return value
     return (value, *[stats] * return_stats, *[samples] * bool(samples))
+
+
+def has_injection(cell: Any, asked: bool | None) -> bool:
+    """Whether a layer computes `cell.inject(x)`, given what its option `inject` says.
+
+    Raises:
+        TypeError: the option is no bool, or the class of the cell has no such method.
+    """
+    found = callable(getattr(type(cell), "inject", None))
+    if asked is not None:
+        checks.check_bool("inject", asked)
+    if asked and not found:
+        raise TypeError(f"inject=True, but {type(cell).__name__} has no method inject(self, x)")
+    return found if asked is None else asked
 
 
 def _check_probe(probe: Any, z0: PyTree, batched: bool) -> None:

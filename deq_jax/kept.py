@@ -9,15 +9,28 @@ import dataclasses
 import enum
 import functools
 import types
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import jax
 import numpy as np
 
 _Jitted = type(jax.jit(lambda: None))
-_CONSTANTS = (types.CodeType, type(None), bool, int, float, complex, str, bytes, np.dtype, enum.Enum)
-_LIBRARIES = frozenset({"builtins", "jax", "jaxlib", "numpy", "flax", "deq_jax", "math", "operator", "functools"})
+_CONSTANTS = (
+    types.CodeType,
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    np.dtype,
+    enum.Enum,
+)
+_LIBRARIES = frozenset(
+    {"builtins", "jax", "jaxlib", "numpy", "flax", "deq_jax", "math", "operator", "functools"}
+)
 
 
 def contents(value: Any) -> Hashable | None:
@@ -56,7 +69,7 @@ def _describe(value: Any, seen: set[int]) -> Iterator[Hashable]:
         yield repr(value) if isinstance(value, float | complex) else value
         return
     if isinstance(value, jax.Array | np.ndarray | np.generic):
-        raise _Unknown
+        raise _Unknown(type(value))
     if isinstance(value, types.ModuleType | types.BuiltinFunctionType | np.ufunc):
         yield value
         return
@@ -84,15 +97,18 @@ def _describe(value: Any, seen: set[int]) -> Iterator[Hashable]:
         parts = [value.func, value.args, value.keywords]
     elif isinstance(value, tuple):
         parts = list(value)
-    elif isinstance(value, Mapping | list):  # by identity too: f may write into it
-        yield Same(value)
+    elif isinstance(value, Mapping | list):
+        if isinstance(value, MutableMapping | list):  # by identity too: f may write into it
+            yield Same(value)
         parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else list(value)
+    elif dataclasses.is_dataclass(value) and _of_library(type(value)):
+        parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
     elif hasattr(value, "__dict__") and not any("__slots__" in vars(c) for c in _classes(value)):
         if not (dataclasses.is_dataclass(value) and value.__hash__):
             yield Same(value)  # by identity too, unless equality is by contents
         parts = [*vars(value).items(), *_classes(value)]
     else:
-        raise _Unknown
+        raise _Unknown(type(value))
     yield len(parts)
     for part in parts:
         yield from _describe(part, seen)
@@ -110,6 +126,8 @@ def _attributes_of(cls: type) -> Iterator[Any]:
     """What a class defines, but for what Python and dataclasses put there."""
     for name, value in vars(cls).items():
         special = name.startswith("__") and name.endswith("__")
+        if name == "_abc_impl":
+            continue
         if name in ("__call__", "__init__", "__getattr__", "__getitem__") or not special:
             yield value
 

@@ -1,21 +1,21 @@
 """DEQ layer for Flax Linen."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from deq_jax import tree
 from deq_jax.execution import Execution
-from deq_jax.fixed_point import deq_fixed_point, returned
+from deq_jax.fixed_point import deq_fixed_point, has_injection, returned
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
+from deq_jax.solve import Solver
 from deq_jax.solvers.anderson import Anderson
-from deq_jax.solvers.loop import Solver, iterate
-from deq_jax.solvers.picard import Picard
-from deq_jax.stability.normalization import Normalization
-from deq_jax.stats import BackwardProbe
+from deq_jax.stability.normalization import Normalization, check_normalization
+from deq_jax.stats import BackwardProbe, SolveStats, Status
 
 PyTree = Any
 
@@ -25,6 +25,8 @@ class DEQ(nn.Module):
 
     The twin of `deq_jax.nnx.DEQ`: the same values, gradients and treatment of `inject`, dropout and
     batch statistics. Variables are the cell's own, under `cell`.
+
+    The layer sows its `SolveStats` as `stats` into the collection `intermediates`.
 
     Initialisation calls the cell once, to make its parameters, and does not solve: the output of
     `init_with_output` is that one application, before any normalisation.
@@ -42,6 +44,7 @@ class DEQ(nn.Module):
         rng_streams: names of the random streams the cell draws from; those present are split once
             a call and are then the same in every evaluation.
         normalization: as for `deq_jax.nnx.DEQ`.
+        inject: as for `deq_jax.nnx.DEQ`.
         deterministic: True keeps the statistics of the normalisation, in a mutable collection too.
     """
 
@@ -52,7 +55,73 @@ class DEQ(nn.Module):
     execution: Execution = Execution()
     rng_streams: tuple[str, ...] = ("dropout",)
     normalization: Normalization | None = None
+    inject: bool | None = None
     deterministic: bool = False
+
+    @overload
+    def __call__(
+        self,
+        x: PyTree,
+        z0: PyTree = None,
+        *,
+        return_stats: Literal[False] = False,
+        backward_probe: BackwardProbe | None = None,
+        sample_at: tuple[()] = (),
+        sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        **kwargs: Any,
+    ) -> PyTree: ...
+
+    @overload
+    def __call__(
+        self,
+        x: PyTree,
+        z0: PyTree = None,
+        *,
+        return_stats: Literal[True],
+        backward_probe: BackwardProbe | None = None,
+        sample_at: tuple[()] = (),
+        sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        **kwargs: Any,
+    ) -> tuple[PyTree, SolveStats]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: PyTree,
+        z0: PyTree = None,
+        *,
+        return_stats: Literal[False] = False,
+        backward_probe: BackwardProbe | None = None,
+        sample_at: tuple[int, *tuple[int, ...]],
+        sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        **kwargs: Any,
+    ) -> tuple[PyTree, tuple[PyTree, ...]]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: PyTree,
+        z0: PyTree = None,
+        *,
+        return_stats: Literal[True],
+        backward_probe: BackwardProbe | None = None,
+        sample_at: tuple[int, *tuple[int, ...]],
+        sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        **kwargs: Any,
+    ) -> tuple[PyTree, SolveStats, tuple[PyTree, ...]]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: PyTree,
+        z0: PyTree = None,
+        *,
+        return_stats: bool = False,
+        backward_probe: BackwardProbe | None = None,
+        sample_at: tuple[int, ...] = (),
+        sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        **kwargs: Any,
+    ) -> Any: ...
 
     @nn.compact
     def __call__(
@@ -65,15 +134,18 @@ class DEQ(nn.Module):
         sample_at: tuple[int, ...] = (),
         sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
         **kwargs: Any,
-    ) -> PyTree | tuple[PyTree, ...]:
+    ) -> Any:
         """Solves for z*; `kwargs`, hashable, go to the cell; the rest as `deq_fixed_point`."""
+        if not callable(self.cell):
+            raise TypeError(f"cell must be callable as cell(z, x), got {self.cell!r}")
+        check_normalization(self.normalization)
         if self.is_initializing():
             injection = self._inject(None, x)
             start = jax.tree.map(jnp.zeros_like, injection) if z0 is None else z0
             z = self.cell(start, injection, **kwargs)
             if self.normalization is not None:
-                self._init_normalization()
-            stats = iterate(lambda _: z, z, Picard(max_iter=1)).stats
+                self._init_normalization(self.normalization)
+            stats = _nothing_solved(z)
             return returned(z, stats, (z,) * len(sample_at), return_stats)
 
         effective = self._effective_params(advance=not self.deterministic)
@@ -96,10 +168,11 @@ class DEQ(nn.Module):
         if f.changing or self.is_mutable_collection("intermediates"):
             arguments = jax.lax.stop_gradient((z, injection))
             _call(self.cell, effective, "__call__", *arguments, **kwargs)
-        return returned(z, stats, *(samples or [()]), return_stats)
+        self.sow("intermediates", "stats", stats)
+        return returned(z, stats, samples[0] if samples else (), return_stats)
 
-    def _init_normalization(self) -> None:
-        scale, statistics = self.normalization.init(self.cell.variables.get("params", {}))
+    def _init_normalization(self, normalization: Normalization) -> None:
+        scale, statistics = normalization.init(self.cell.variables.get("params", {}))
         if jax.tree.leaves(scale):
             self.param("scale", lambda _: scale)
         if jax.tree.leaves(statistics):
@@ -127,16 +200,17 @@ class DEQ(nn.Module):
         return _Apply(cell, changing, tuple(sorted(kwargs.items()))), (variables, rngs)
 
     def _inject(self, effective: PyTree | None, x: PyTree) -> PyTree:
-        has_injection = callable(getattr(type(self.cell), "inject", None))
-        return _call(self.cell, effective, "inject", x) if has_injection else x
+        return (
+            _call(self.cell, effective, "inject", x) if has_injection(self.cell, self.inject) else x
+        )
 
     def _effective_params(self, *, advance: bool) -> PyTree | None:
         """The cell's normalised parameters; None without a normalisation."""
         if self.normalization is None:
             return None
         params = self.cell.variables.get("params", {})
-        scale = self.get_variable("params", "scale", {})
-        statistics = self.get_variable("normalization", "statistics", {})
+        scale: PyTree = self.get_variable("params", "scale", {})
+        statistics: PyTree = self.get_variable("normalization", "statistics", {})
         effective, advanced = self.normalization(params, scale, statistics)
         changes = self.is_mutable_collection("normalization") and advance
         if changes and jax.tree.leaves(statistics):
@@ -171,3 +245,10 @@ class _Apply:
             variables, z, x, **dict(self.kwargs), rngs=rngs, mutable=list(self.changing)
         )
         return z
+
+
+def _nothing_solved(z: PyTree) -> SolveStats:
+    """The report of the one application that initialisation makes."""
+    zeros = tree.zeros_per_sample(z)
+    count = zeros.astype(jnp.int32)
+    return SolveStats(zeros + jnp.inf, count + 1, count + int(Status.MAX_ITER), jnp.int32(1))

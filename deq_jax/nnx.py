@@ -1,25 +1,25 @@
 """DEQ layer for Flax NNX."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, cast, overload
 
 import jax
 from flax import nnx
 
 from deq_jax.closure import Cell
 from deq_jax.execution import Execution
-from deq_jax.fixed_point import deq_fixed_point, returned
+from deq_jax.fixed_point import deq_fixed_point, has_injection, returned
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
-from deq_jax.solvers.anderson import Anderson
 from deq_jax.solve import Solver
-from deq_jax.stability.normalization import Normalization
-from deq_jax.stats import BackwardProbe
+from deq_jax.solvers.anderson import Anderson
+from deq_jax.stability.normalization import Normalization, check_normalization
+from deq_jax.stats import BackwardProbe, SolveStats
 
 PyTree = Any
 
 
-class NormalizationStatistics(nnx.Variable):
+class NormalizationStatistics(nnx.Variable[Any]):
     """What a normalisation carries from call to call: vectors of a power iteration, say."""
 
 
@@ -29,12 +29,15 @@ class DEQ(nnx.Module):
     Values and gradients are those of `deq_fixed_point` on the cell as a pure function. A cell may
     keep apart what depends on the input alone: if its class has a method `inject`, the layer
     computes `inject(x)` once, before the loop, and iterates `cell(z, inject(x))`; the state then
-    starts as zeros shaped like the injection.
+    starts as zeros shaped like the injection. `inject=False` says that a method of that name is
+    something else.
 
     State inside the cell: every evaluation of a solve, and the backward pass, sees the cell as it
     was when the layer was called, so a Dropout has one mask for the whole solve and a BatchNorm
     does not count iterations. After the solve the cell is called once at z*, which updates running
-    statistics and advances random streams, as one call of an ordinary layer does.
+    statistics, advances random streams and sows, as one call of an ordinary layer does. Under
+    `nnx.capture(..., nnx.Intermediate)` the layer sows its `SolveStats` as `stats`, from inside an
+    `nnx.Sequential` too.
 
     With a `normalization` the kernels of the cell are its v (or W₀): the effective weights are
     computed once a call, before the loop, and all uses of the cell in that call, `inject` and the
@@ -51,6 +54,7 @@ class DEQ(nnx.Module):
         execution: as for `deq_fixed_point`.
         normalization: `deq_jax.stability.WeightNorm()`, `SpectralNorm()` or another map of the
             cell's parameters to effective ones; None leaves them as they are.
+        inject: whether the cell's method `inject` is its injection; None if its class has one.
         deterministic: True keeps the statistics of the normalisation; set by `eval()` and
             `train()`.
     """
@@ -64,16 +68,20 @@ class DEQ(nnx.Module):
         batched: bool = True,
         execution: Execution = Execution(),  # noqa: B008  (frozen)
         normalization: Normalization | None = None,
+        inject: bool | None = None,
         deterministic: bool = False,
     ):
         if not callable(cell):
             raise TypeError(f"cell must be callable as cell(z, x), got {type(cell).__name__}")
+        check_normalization(normalization)
+        has_injection(cell, inject)
         self.cell = cell
         self.solver = solver
         self.gradient = gradient
         self.batched = batched
         self.execution = execution
         self.normalization = normalization
+        self.inject = inject
         self.deterministic = deterministic
         if normalization is not None:
             scale, statistics = normalization.init(nnx.state(cell, nnx.Param))
@@ -90,6 +98,66 @@ class DEQ(nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
+    @overload
+    def __call__(
+        self,
+        x: PyTree,
+        z0: PyTree = None,
+        *,
+        return_stats: Literal[False] = False,
+        backward_probe: BackwardProbe | None = None,
+        sample_at: tuple[()] = (),
+        sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+    ) -> PyTree: ...
+
+    @overload
+    def __call__(
+        self,
+        x: PyTree,
+        z0: PyTree = None,
+        *,
+        return_stats: Literal[True],
+        backward_probe: BackwardProbe | None = None,
+        sample_at: tuple[()] = (),
+        sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+    ) -> tuple[PyTree, SolveStats]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: PyTree,
+        z0: PyTree = None,
+        *,
+        return_stats: Literal[False] = False,
+        backward_probe: BackwardProbe | None = None,
+        sample_at: tuple[int, *tuple[int, ...]],
+        sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+    ) -> tuple[PyTree, tuple[PyTree, ...]]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: PyTree,
+        z0: PyTree = None,
+        *,
+        return_stats: Literal[True],
+        backward_probe: BackwardProbe | None = None,
+        sample_at: tuple[int, *tuple[int, ...]],
+        sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+    ) -> tuple[PyTree, SolveStats, tuple[PyTree, ...]]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: PyTree,
+        z0: PyTree = None,
+        *,
+        return_stats: bool = False,
+        backward_probe: BackwardProbe | None = None,
+        sample_at: tuple[int, ...] = (),
+        sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+    ) -> Any: ...
+
     def __call__(
         self,
         x: PyTree,
@@ -99,10 +167,10 @@ class DEQ(nnx.Module):
         backward_probe: BackwardProbe | None = None,
         sample_at: tuple[int, ...] = (),
         sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
-    ) -> PyTree | tuple[PyTree, ...]:
+    ) -> Any:
         """Solves for z*; arguments, returns and errors as `deq_fixed_point`."""
         cell = self._effective_cell(advance=not self.deterministic)
-        f, state, injection = _equation(cell, x)
+        f, state, injection = self._equation(cell, x)
         z, stats, *samples = deq_fixed_point(
             f,
             state,
@@ -117,9 +185,11 @@ class DEQ(nnx.Module):
             sample_gradient=sample_gradient,
             execution=self.execution,
         )
-        if jax.tree.leaves(state[1]):
+        if jax.tree.leaves(state[1]) or f.definition in _sowing:
             cell(*jax.lax.stop_gradient((z, injection)))
-        return returned(z, stats, *(samples or [()]), return_stats)
+        if hasattr(self, "__captures__"):  # otherwise Flax warns of a sow that nobody reads
+            self.sow(nnx.Intermediate, "stats", stats)
+        return returned(z, stats, samples[0] if samples else (), return_stats)
 
     def equation(self, x: PyTree) -> tuple[Cell, tuple[PyTree, PyTree], PyTree]:
         """What the layer solves: `f, params, injection` with `z* = f(params, z*, injection)`.
@@ -129,7 +199,15 @@ class DEQ(nnx.Module):
         there is a normalisation, and all its other state; gradients reach the former. Nothing of
         the layer changes, except what `inject` itself may change.
         """
-        return _equation(self._effective_cell(advance=False), x)
+        return self._equation(self._effective_cell(advance=False), x)
+
+    def _equation(
+        self, cell: nnx.Module, x: PyTree
+    ) -> tuple["_Apply", tuple[PyTree, PyTree], PyTree]:
+        injection = cast(Any, cell).inject(x) if has_injection(cell, self.inject) else x
+        definition, *states = nnx.split(cell, nnx.Param, ...)
+        params, rest = states
+        return _Apply(definition), (params, rest), injection
 
     def effective_cell(self) -> nnx.Module:
         """The cell as a call of the layer has it: with normalised weights, if it has such.
@@ -142,7 +220,8 @@ class DEQ(nnx.Module):
         """The cell with effective weights; its other variables are the layer's own."""
         if self.normalization is None:
             return self.cell
-        definition, params, rest = nnx.split(self.cell, nnx.Param, ...)
+        definition, *states = nnx.split(self.cell, nnx.Param, ...)
+        params, rest = states
         scale, statistics = _values(self.scale), _values(self.statistics)
         effective, advanced = self.normalization(params, scale, statistics)
         if jax.tree.leaves(statistics) and advance:
@@ -159,15 +238,13 @@ def _values(variables: PyTree) -> PyTree:
     return jax.tree.map(lambda v: v.get_value(), variables, is_leaf=_is_variable)
 
 
-def _assign(variable: nnx.Variable, value: jax.Array) -> None:
+def _assign(variable: nnx.Variable[Any], value: jax.Array) -> None:
     variable.set_value(value)
 
 
-def _equation(cell: nnx.Module, x: PyTree) -> tuple["_Apply", tuple[PyTree, PyTree], PyTree]:
-    has_injection = callable(getattr(type(cell), "inject", None))
-    injection = cell.inject(x) if has_injection else x
-    definition, params, rest = nnx.split(cell, nnx.Param, ...)
-    return _Apply(definition), (params, rest), injection
+_sowing: dict[Any, None] = {}
+"""Definitions of cells that sow values when they are called; they hold no arrays."""
+_MOST_DEFINITIONS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,4 +256,11 @@ class _Apply:
     def __call__(self, state: tuple[PyTree, PyTree], z: PyTree, x: PyTree) -> PyTree:
         # A copy: the variables of the merged cell may change (random counters, batch statistics)
         # and must not be those of the caller, who lives at another trace level.
-        return nnx.merge(self.definition, *state, copy=True)(z, x)
+        cell = nnx.merge(self.definition, *state, copy=True)
+        z = cell(z, x)
+        # What a cell sows grows its state. What it sowed on the way is dropped with the copy.
+        if len(jax.tree.leaves(nnx.state(cell))) > len(jax.tree.leaves(state)):
+            if len(_sowing) >= _MOST_DEFINITIONS:
+                _sowing.pop(next(iter(_sowing)))
+            _sowing[self.definition] = None
+        return z

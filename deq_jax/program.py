@@ -32,7 +32,7 @@ class Program:
             many trips on every device along them.
         per_sample: for each of the closure's arrays, whether its axis 0 is the batch.
         specs: partition specs of all inputs if the mesh has explicit axes, otherwise None.
-        reverse_only: it contains a `custom_vjp` (a fused kernel, say) and has no forward derivative.
+        reverse_only: it contains a `custom_vjp` (a fused kernel, say), which has no forward mode.
         value_only: no derivative will be taken, so that the derivative rules in it do not matter.
     """
 
@@ -132,10 +132,14 @@ def _describe(jaxpr: Any, with_rules: bool) -> Iterator[Hashable]:
 def _constant(value: Any) -> Hashable:
     """A key for a constant that tells 1 from 1.0 and True, and 0.0 from -0.0."""
     if isinstance(value, np.generic | np.ndarray | float | complex):
-        return type(value), str(np.asarray(value).dtype), np.shape(value), np.asarray(value).tobytes()
+        return (
+            type(value),
+            str(np.asarray(value).dtype),
+            np.shape(value),
+            np.asarray(value).tobytes(),
+        )
     try:
         hash(value)
     except TypeError:
         return Same(value)
     return type(value), value
-

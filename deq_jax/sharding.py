@@ -140,7 +140,6 @@ def solve_shards(
         The solution. `evaluations` and `products`, in the statistics and in the probe, are those
         of the shard with the most.
     """
-    f, *_ = arguments
     function = functools.partial(_over_shards, solve, axis, mesh)
     return jax.jit(function)(*arguments)
 

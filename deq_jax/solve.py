@@ -53,7 +53,7 @@ class Solver(Protocol):
     @property
     def trace(self) -> bool: ...  # noqa: D102
 
-    def init(self, z: Any, fz: Any) -> Any:
+    def init(self, z: Any, fz: Any, /) -> Any:
         """The solver's state before the first evaluation.
 
         Args:
@@ -64,7 +64,9 @@ class Solver(Protocol):
         """
         ...
 
-    def step(self, z: Any, fz: Any, state: Any) -> tuple[Any, Any]:
+    def step(
+        self, z: Any, fz: Any, state: Any, /, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         """The next point to evaluate and the new state, from the point `z` and `fz = f(z)`.
 
         Must treat samples apart: sums run over all axes but the first. A sample that has stopped
@@ -204,7 +206,7 @@ def solve(
             proceed=any_active(needed),
             evaluations=count.sum(dtype=jnp.int32),
             z=z0,
-            state=solver.init(z0, shapes),
+            state=_checked_state(solver, solver.init(z0, shapes)),
             active=needed,
             best=z0,
             best_residual=jnp.where(needed, zeros + jnp.inf, 0),
@@ -267,11 +269,11 @@ def solve(
 
         # The next point.
         given = (scaled_z, scaled_fz) if getattr(solver, "scale_free", False) else (z, fz)
+        extra = {}
         if linearizes:
             wanted = still_active & (carry.evaluations + 1 < solver.max_iter)
-            proposal, state = solver.step(*given, carry.state, product=product, active=wanted)
-        else:
-            proposal, state = solver.step(*given, carry.state)
+            extra = {"product": product, "active": wanted}
+        proposal, state = _pair(solver, solver.step(*given, carry.state, **extra))
         name = f"{type(solver).__name__}.step must return"
         checks.check_same_form(f"{name} a next point with", "z", proposal, z)
         checks.check_same_form(f"{name} a state with", "the state from init", state, carry.state)
@@ -331,6 +333,26 @@ def solve(
     return Solution(end.best, stats, samples, end.state)
 
 
+def _checked_state(solver: Solver, state: PyTree) -> PyTree:
+    """What a solver's init returned, if its leaves are arrays."""
+    for name, leaf in checks.named_leaves(state):
+        if not checks.is_array(leaf):
+            raise ValueError(
+                f"{type(solver).__name__}.init must return a state of arrays, leaf {name} is {leaf!r}"
+            )
+    return state
+
+
+def _pair(solver: Solver, returned: Any) -> tuple[PyTree, PyTree]:
+    """What a solver's step returned, if that is a pair."""
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise ValueError(
+            f"{type(solver).__name__}.step must return a pair, the next point and the new state, "
+            f"got {returned!r}"
+        )
+    return returned
+
+
 def _unused() -> float:
     """What stands in a trace after the stop: NaN, or infinity where JAX is told to forbid NaN."""
     return jnp.inf if jax.config.jax_debug_nans else jnp.nan
@@ -339,9 +361,7 @@ def _unused() -> float:
 def _scale(carry: _Carry, z: PyTree, fz: PyTree) -> jax.Array:
     """The power of two of each sample, `[B]`, from its first evaluation."""
     z, fz = lax.stop_gradient((z, fz))
-    return lax.cond(
-        carry.evaluations == 0, tree.unit_scale, lambda z, fz: carry.scale, z, fz
-    )
+    return lax.cond(carry.evaluations == 0, tree.unit_scale, lambda z, fz: carry.scale, z, fz)
 
 
 def _evaluated_once(f: Callable[[PyTree], PyTree], z: PyTree, proceed: jax.Array) -> PyTree:

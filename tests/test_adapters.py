@@ -210,7 +210,7 @@ def test_second_eager_call_does_not_trace(kind):
             variables, x
         )
     first = layer(normal(4, 3))
-    traces["count"] = 0
+    before = traces["count"]  # not set to 0: the cell uses this dict, and would be traced anew
     second = layer(normal(4, 3, seed=1))
-    assert traces["count"] == 0
+    assert traces["count"] == before > 0
     assert relative_error(first, second) > 0.1

@@ -28,8 +28,7 @@ from deq_jax import (
     deq_fixed_point,
     solve_fixed_point,
 )
-from deq_jax.shrinking import sizes
-from deq_jax.shrinking import batch_axes
+from deq_jax.shrinking import batch_axes, sizes
 from tests.reference import implicit_gradient, newton_equilibrium, relative_error
 
 BATCH, WIDTH = 7, 4

@@ -63,9 +63,7 @@ class Neumann:
         return attach(f, solution.value, Series(self.damping, self.terms), probe)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["damping"], meta_fields=["terms"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["damping"], meta_fields=["terms"])
 @dataclasses.dataclass(frozen=True)
 class Series:
     """`w = A w + b` approximated by `terms` terms of its series; an `Inverse`."""

@@ -75,7 +75,6 @@ def _stepped_forward(f: Closure, z: PyTree, policy: Phantom) -> Any:
 
 def _stepped_backward(saved: Any, cotangent: PyTree) -> Any:
     f, z, policy = saved
-    variables, rebuild = f.variables()
     total = iter(_pull_back(f, z, policy, cotangent))
     leaves = [next(total) if mine else None for mine in f.inexact()]
     return jax.tree.unflatten(jax.tree.structure(f), leaves), None, None
@@ -97,9 +96,7 @@ def _pull_back(f: Closure, z: PyTree, policy: Phantom, cotangent: PyTree) -> lis
     def pull(point_and_cotangent: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         """One step backwards: cotangents of the variables and of the step's start."""
         point, cotangent = point_and_cotangent
-        _, pullback = jax.vjp(
-            lambda variables, z: step(rebuild(variables)(z), z), variables, point
-        )
+        _, pullback = jax.vjp(lambda variables, z: step(rebuild(variables)(z), z), variables, point)
         return pullback(cotangent)
 
     # Traced as a function of the point, and what depends on the variables alone taken out.

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
-from deq_jax import checks, tree
-from deq_jax import columns
+from deq_jax import checks, columns, tree
 from deq_jax.checks import Real
 from deq_jax.linear.krylov import AnyOf, Cycle, Product, Restarted
 

@@ -211,4 +211,3 @@ def rounded(u: jax.Array, like: PyTree) -> jax.Array:
     """The packed state `u` `[B, D]` with the values it has in the dtypes of `like`."""
     # The barrier keeps the compiler from taking both conversions out.
     return tree.pack(lax.optimization_barrier(tree.unpack(u, like)))
-

@@ -24,8 +24,8 @@ from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
 from deq_jax.models.sequence import EquilibriumSequenceModel, SequenceModel, UnrolledSequenceModel
 from deq_jax.nnx import DEQ
-from deq_jax.solvers.anderson import Anderson
 from deq_jax.solve import Solver
+from deq_jax.solvers.anderson import Anderson
 from deq_jax.stability.normalization import Normalization
 
 PyTree = Any

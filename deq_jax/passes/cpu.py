@@ -43,7 +43,9 @@ def rewrite_operations(flat: Flat, known: int) -> Flat:
     constant = set(flat.invars[:known])
     operations, replaced = [], {}
     for op in flat.operations:
-        inputs = [a if isinstance(a, _compat.Literal) else replaced.get(a, a) for a in op.equation.invars]
+        inputs = [
+            a if isinstance(a, _compat.Literal) else replaced.get(a, a) for a in op.equation.invars
+        ]
         op = dataclasses.replace(op, equation=op.equation.replace(invars=inputs))
         fixed = [isinstance(a, _compat.Literal) or a in constant for a in inputs]
         if all(fixed) and not op.equation.effects:

@@ -61,7 +61,9 @@ def _inlined(jaxpr: Any, variables: dict[Any, Any], rematerialised: bool) -> Ite
         if body is None:
             # A name of its own for each output: one jaxpr may be inlined in several places.
             outputs = [
-                variable if isinstance(variable, _compat.DropVar) else _compat.new_variable(variable)
+                variable
+                if isinstance(variable, _compat.DropVar)
+                else _compat.new_variable(variable)
                 for variable in equation.outvars
             ]
             yield Operation(equation.replace(invars=arguments, outvars=outputs), rematerialised)
@@ -89,7 +91,9 @@ def _body_to_inline(equation: Any) -> tuple[Any, list[Any]]:
         ):
             return None, []
     elif name in _CUSTOM | _REMATERIALISED:
-        if not any(_compat.contains(body, "conv_general_dilated") for body in _compat.nested(equation)):
+        if not any(
+            _compat.contains(body, "conv_general_dilated") for body in _compat.nested(equation)
+        ):
             return None, []
     else:
         return None, []

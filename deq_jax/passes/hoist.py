@@ -2,7 +2,7 @@
 
 XLA does this by itself for a plain loop, but not out of the branch in which `solve` evaluates f on
 the CPU, and not for kernels behind an `optimization_barrier`. On `tanh(z @ W + x @ U + b)` the
-product `x @ U` is hoisted here; for convolutions their kernels, laid out as `passes.cpu` wants them.
+product `x @ U` is hoisted here; for convolutions their kernels, laid out as `passes.cpu` wants.
 """
 
 import math

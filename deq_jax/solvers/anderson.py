@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import cho_solve
 
-from deq_jax import checks, tree
+from deq_jax import checks, columns, tree
 from deq_jax.checks import Real
-from deq_jax import columns
 
 PyTree = Any
 

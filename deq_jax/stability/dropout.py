@@ -62,6 +62,8 @@ def dropout_mask(
     Raises:
         ValueError: `rate` is not in [0, 1], or `kind` is unknown.
     """
+    if isinstance(rate, bool) or not isinstance(rate, float | int):
+        raise TypeError(f"rate must be a number, got {rate!r}")
     if not (math.isfinite(rate) and 0 <= rate <= 1):
         raise ValueError(f"rate must be in [0, 1], got {rate!r}")
     same = broadcast_axes(kind, len(shape))

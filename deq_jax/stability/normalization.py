@@ -52,6 +52,16 @@ class Normalization(Protocol):
         ...
 
 
+def check_normalization(normalization: Any) -> None:
+    """Raises a TypeError unless it is None or has the methods of `Normalization`."""
+    usable = callable(getattr(normalization, "init", None)) and callable(normalization)
+    if normalization is not None and (isinstance(normalization, type) or not usable):
+        raise TypeError(
+            "normalization must be WeightNorm(), SpectralNorm(), None or an object with init and "
+            f"__call__, got {normalization!r}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class WeightNorm:
     """Weight normalisation: `W = v · min(clip, g / ‖v‖)`, one g and one norm a channel.

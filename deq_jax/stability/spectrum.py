@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax import checks, tree
+from deq_jax import checks, columns, tree
 from deq_jax.linear.krylov import Product, packed
-from deq_jax import columns
 from deq_jax.stability.jacobian import Cell, point_of
 
 PyTree = Any
@@ -165,9 +164,7 @@ def _krylov(
     like = tree.pack(point)
     if jnp.iscomplexobj(like):
         raise TypeError("spectra of complex states are not supported: z has complex leaves")
-    start = tree.vary_over(
-        jax.random.normal(key, like.shape, like.dtype), tree.varying_axes(like)
-    )
+    start = tree.vary_over(jax.random.normal(key, like.shape, like.dtype), tree.varying_axes(like))
     return packed(pushforward, point), start, min(steps, like.shape[1])
 
 

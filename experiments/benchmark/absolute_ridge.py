@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax import Anderson, tree
-from deq_jax import columns
+from deq_jax import Anderson, columns, tree
 from deq_jax.checks import register_options
 from deq_jax.solvers.anderson import AndersonState
 
