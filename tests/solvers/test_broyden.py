@@ -396,7 +396,7 @@ def test_the_estimate_of_a_stopped_sample_is_kept():
     (together, report), stats = gradient(x, gains)
     assert stats.iterations[1] >= stats.iterations[0] + 4
     (alone, alone_report), _ = gradient(x[:1], gains[:1])
-    np.testing.assert_allclose(together[0], alone[0], rtol=1e-12)
+    np.testing.assert_allclose(together[0], alone[0], rtol=1e-7)
     np.testing.assert_allclose(report.residual[0], alone_report.residual[0], rtol=1e-6)
 
 
