@@ -22,9 +22,6 @@ from deq_jax import (
 )
 from tests.reference import newton_equilibrium, relative_error
 
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
-"""Compiling is nearly all the time these tests take, and their results do not depend on it."""
-
 TOL = 2e-2
 BATCH, WIDTH = 3, 8
 PICARD, ANDERSON, BROYDEN, NEWTON = (
@@ -156,8 +153,7 @@ def test_forwards_and_backwards(dtype, solver, policy, u):
         )
         return products["a"] + products["b"], (z, stats)
 
-    gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
-    gradient = jax.jit(gradient, compiler_options=UNOPTIMISED)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
     (by_params, by_x), (z, stats) = gradient(params, split(arrays["x"]))
 
     for leaf in jax.tree.leaves((z, by_params, by_x)):

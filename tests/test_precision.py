@@ -26,7 +26,6 @@ from tests.reference import newton_equilibrium, relative_error
 from tests.test_half_precision import (
     CASES,
     TOL,
-    UNOPTIMISED,
     flat_cell,
     name,
     problem,
@@ -79,8 +78,7 @@ def test_forwards_and_backwards(solver, policy, u, execution):
         products = jax.tree.map(lambda z, y: (z.astype(jnp.float32) * y).sum(), z, cotangent)
         return products["a"] + products["b"], (z, stats)
 
-    gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
-    gradient = jax.jit(gradient, compiler_options=UNOPTIMISED)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
     (by_params, by_x), (z, stats) = gradient(params, split_leaves(arrays["x"]))
 
     for leaf in jax.tree.leaves(z):
@@ -213,7 +211,7 @@ def test_probe_and_derivatives_of_any_mode():
         options = {"solver": Picard(tol=tol), "execution": execution}
         return jnp.vdot(y, deq_fixed_point(tanh_cell, params, x, backward_probe=probe, **options))
 
-    @functools.partial(jax.jit, static_argnums=(1, 2), compiler_options=UNOPTIMISED)
+    @functools.partial(jax.jit, static_argnums=(1, 2))
     def derivatives(x, execution, tol):
         gradient = jax.grad(lambda x: loss(x, None, execution, tol))
         _, tangent = jax.jvp(lambda x: loss(x, None, execution, tol), (x,), (y,))

@@ -36,9 +36,6 @@ FORWARD = [
     Broyden(tol=TOL, max_iter=100),
     NewtonKrylov(tol=TOL),
 ]
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
-"""Compiling is nearly all the time these tests take, and their results do not depend on it."""
-
 BACKWARD = [*FORWARD, GMRES(tol=TOL), BiCGStab(tol=TOL)]
 
 
@@ -111,8 +108,7 @@ def test_the_gradient_is_the_dense_one(forward, backward):
         )
         return (z * y).sum(), (z, stats)
 
-    gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
-    gradient = jax.jit(gradient, compiler_options=UNOPTIMISED)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
     (*gradient, report), (z, stats) = gradient(matrix, x, BackwardProbe.zeros(2))
     np.testing.assert_array_equal(stats.status, Status.CONVERGED)
     np.testing.assert_array_equal(report.status, Status.CONVERGED)
@@ -138,8 +134,7 @@ def test_the_gradient_of_a_state_in_leaves_is_the_dense_one(forward, backward):
         )
         return (join(z) * y).sum(), join(z)
 
-    gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
-    gradient, z = jax.jit(gradient, compiler_options=UNOPTIMISED)(matrix, x)
+    gradient, z = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(matrix, x)
     assert relative_error(z, z_star) < 1e-8
     for got, want in zip(gradient, expected, strict=True):
         assert relative_error(got, want) < 1e-8

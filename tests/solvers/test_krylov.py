@@ -22,11 +22,9 @@ def multiply(matrices, u):
 
 
 CALLS = []
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
-"""Compiling is nearly all the time these tests take."""
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=UNOPTIMISED)
+@functools.partial(jax.jit, static_argnums=0)
 def _solve(solver, matrices, y, start):
     def product(u):
         jax.debug.callback(lambda: CALLS.append(None))
@@ -283,8 +281,7 @@ def test_a_tree_is_solved_as_the_array_of_its_leaves(method):
     solver = method(tol=1e-8)
     array, array_stats = solve(solver, matrices, y)
     tree, tree_stats = jax.jit(
-        lambda y: solver.solve_linear(lambda u: split(multiply(matrices, join(u))), y),
-        compiler_options=UNOPTIMISED,
+        lambda y: solver.solve_linear(lambda u: split(multiply(matrices, join(u))), y)
     )(split(jnp.asarray(y)))
     np.testing.assert_allclose(join(tree), array, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(tree_stats.iterations, array_stats.iterations)
