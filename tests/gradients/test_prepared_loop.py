@@ -23,7 +23,7 @@ def lowered(function, u):
     closed = jax.make_jaxpr(function)(u)
 
     def trip(constants, u):
-        return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, constants))(u)
+        return jax.core.eval_jaxpr(closed.jaxpr, constants, u)
 
     return jax.jit(trip).lower(closed.consts, u)
 
