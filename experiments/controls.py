@@ -184,7 +184,7 @@ def table(study: Name, config: Config) -> str:
     for row, _ in rows:
         cells = [row.name, f"{row.loss:.4g}", f"{row.parameters:,}", row.evaluations]
         seconds = statistics.median(row.seconds)
-        cells += [f"{seconds:.3f}", f"{row.memory / 2**20:.0f} MiB"]
+        cells += [f"{seconds:.3g}", f"{row.memory / 2**20:.0f} MiB"]
         lines.append(markdown_row([*cells, f"{row.steps * seconds / 60:.1f}"]))
     return f"### {study}\n\n" + "\n".join(lines)
 
