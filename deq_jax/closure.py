@@ -80,6 +80,14 @@ class Closure:
             for a, i in zip(self.arrays, self.key_impls, strict=True)
         ]
 
+    def used(self) -> list[Any]:
+        """The arrays that the program reads and that can have a derivative."""
+        jaxpr = self.program.jaxpr
+        read = {v for e in jaxpr.eqns for v in e.invars if isinstance(v, _compat.Var)}
+        read.update(v for v in jaxpr.outvars if isinstance(v, _compat.Var))
+        pairs = zip(self.arrays, jaxpr.invars, strict=False)
+        return [array for array, v in pairs if v in read and _is_inexact(array)]
+
     @property
     def mesh_axes(self) -> tuple[str, ...]:
         """Names of the axes over which it communicates."""
@@ -264,8 +272,10 @@ def close(
         return Closure.around(arrays, jaxpr, out_tree, per_sample, value_only)
 
     whole = closed(held, start)
+    start = tree.vary_over(start, tree.varying_axes(whole.arrays))
     parts = tuple(_closed_for(closed, params, x, start, size, sizes[-1]) for size in sizes)
     for part in parts:
+        _check_uses(whole, part, sizes[-1])
         inputs = (*whole.program.per_sample, *[True] * len(jax.tree.leaves(z)))
         check_apart(whole.program.jaxpr, part.program.jaxpr, inputs, sizes[-1])
     return dataclasses.replace(whole, parts=parts)
@@ -298,6 +308,17 @@ def _closed_for(
     program = part.program
     rest = program.jaxpr, program.out_tree, program.per_sample, program.value_only
     return Closure.around(arrays, *rest)
+
+
+def _check_uses(whole: Closure, part: Closure, shrink_to: int) -> None:
+    """Raises if f uses an array for fewer samples that it does not use for all: f is another one."""
+    used = {id(array) for array in whole.used()}
+    for array in part.used():
+        if id(array) not in used:
+            raise ValueError(
+                f"Execution(shrink_to={shrink_to}): f on {part.size} of the {whole.size} samples "
+                f"uses an array {jax.typeof(array)} that it does not use on all samples"
+            )
 
 
 _traces: dict[Hashable, tuple[Hashable, Any]] = {}

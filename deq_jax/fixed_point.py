@@ -264,7 +264,6 @@ def _run(
     _check_probe(probe, z0, task.batched)
     batch = jax.tree.leaves(z0)[0].shape[0] if task.batched else 1
     shrink_to, dtype = task.execution.shrink_to, task.execution.cell_dtype
-    fewer = () if shrink_to is None else sizes(batch, shrink_to)
     if shrink_to is not None:
         sharding.check_batch(f"Execution(shrink_to={shrink_to}) gathers samples of x", x, batch)
     value_only = _compat.at_top_level()
@@ -272,6 +271,8 @@ def _run(
     def whole(
         f: Held, params: Held, x: Held, z0: PyTree, held: Held, probe: BackwardProbe | None
     ) -> Solution:
+        batch = jax.tree.leaves(z0)[0].shape[0] if task.batched else 1  # of this shard
+        fewer = () if shrink_to is None else sizes(batch, shrink_to)
         # Cast before f is traced, so that no trip of a loop casts params and x.
         given = precision.cast((params.value, x.value), dtype)
         closed = close(

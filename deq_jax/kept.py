@@ -102,11 +102,15 @@ def _describe(value: Any, seen: set[int]) -> Iterator[Hashable]:
             yield Same(value)
         parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else list(value)
     elif dataclasses.is_dataclass(value) and _of_library(type(value)):
-        parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        parts = [tuple(part) if isinstance(part, list) else part for part in fields]
     elif hasattr(value, "__dict__") and not any("__slots__" in vars(c) for c in _classes(value)):
-        if not (dataclasses.is_dataclass(value) and value.__hash__):
-            yield Same(value)  # by identity too, unless equality is by contents
-        parts = [*vars(value).items(), *_classes(value)]
+        if dataclasses.is_dataclass(value) and value.__hash__:  # equal by its fields
+            attributes = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        else:  # by identity too: f may write into it
+            yield Same(value)
+            attributes = list(vars(value).items())
+        parts = [*attributes, *_classes(value)]
     else:
         raise _Unknown(type(value))
     yield len(parts)

@@ -101,7 +101,7 @@ def _live(jaxpr: Any) -> list[Any]:
     """The equations on which an output depends."""
     needed, live = set(_variables(jaxpr.outvars)), []
     for equation in reversed(jaxpr.eqns):
-        if needed.intersection(equation.outvars):
+        if any(v in needed and math.prod(v.aval.shape) != 0 for v in equation.outvars):
             live.append(equation)
             needed.update(_variables(equation.invars))
     return live[::-1]

@@ -371,7 +371,7 @@ def test_errors():
             loss(params, x[:6], cotangent[:6])
         with pytest.raises(ValueError, match="does not go with batched=False"):
             loss(params, x, cotangent, batched=False)
-        with pytest.raises(ValueError, match=r"leaf \['gain'\] has shape \(\); .*params"):
+        with pytest.raises(ValueError, match=r"leaf \['gain'\]: got shape \(\), .*params"):
             loss(
                 params, {"x": x, "gain": 1.0}, cotangent, z0=x, f=lambda p, z, x: cell(p, z, x["x"])
             )

@@ -316,7 +316,7 @@ def batch_norm(params, z, x):
         (cell, "good", {"batched": False}, r"shrink_to=2\).*batched=False"),
         (cell, "good", {"gradient": Unrolled()}, r"shrink_to=2\).*Unrolled"),
         (mixes, "array", {}, r"shrink_to=2\).*sums over the batch.*\(4, 3\)"),
-        (attends, "array", {}, r"shrink_to=2\).*sums over the batch"),
+        (attends, "array", {}, r"shrink_to=2\).*multiplies samples with each other"),
         (batch_norm, "array", {}, r"shrink_to=2\).*sums over the batch"),
         (drops, "array", {}, r"shrink_to=2\).*draws random numbers.*\(4, 3\)"),
         (masks, "array", {}, r"shrink_to=2\).*2 of the 4 samples fails.*in z or x.*The error"),
@@ -345,8 +345,8 @@ def test_an_f_that_uses_other_arrays_at_other_sizes():
         return 0.5 * z + x[0] + (x[1] if z.shape[0] < 4 else 0)
 
     array = jnp.ones((4, 3))
-    with pytest.raises(ValueError, match="2 of the 4 samples uses leaves of x"):
-        solve_fixed_point(f, (), (array, array), array, execution=Execution(shrink_to=2))
+    with pytest.raises(ValueError, match="2 of the 4 samples uses an array"):
+        solve_fixed_point(f, (), (array, 2 * array), array, execution=Execution(shrink_to=2))
 
     def closure(other):
         def f(params, z, x):
