@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.core
 from jax.extend import core
 
 PyTree = Any
@@ -113,7 +114,7 @@ def mesh_axes(jaxpr: Any) -> tuple[str, ...]:
     known to be local: an operation that is taken for a collective costs an agreement in each trip
     of a loop, and a collective that is missed can make devices wait for ever.
     """
-    known = set(core.unsafe_get_axis_names_DO_NOT_USE())
+    known = set(_axis_names())
     found: set[str] = set()
     if known:
         for equation in all_equations(jaxpr):
@@ -122,6 +123,12 @@ def mesh_axes(jaxpr: Any) -> tuple[str, ...]:
                     values = value if isinstance(value, tuple) else (value,)
                     found.update(v for v in values if isinstance(v, str) and v in known)
     return tuple(sorted(found))
+
+
+def _axis_names() -> list[str]:
+    """Names of the axes of all surrounding `shard_map` and `vmap`."""
+    untyped: Any = core
+    return untyped.unsafe_get_axis_names_DO_NOT_USE()
 
 
 def varying_axes(leaf: Any) -> frozenset[str]:
@@ -146,12 +153,12 @@ def at_top_level() -> bool:
         return here == core.get_opaque_trace_state()
 
 
-_generation_marker = jax.jit(lambda: None)
+_generation_marker: Any = jax.jit(lambda: None)
 
 
 def caches_were_cleared() -> bool:
     """Whether `jax.clear_caches()` was called since this function was called last."""
-    cleared = _generation_marker._cache_size() == 0  # pyright: ignore
+    cleared = _generation_marker._cache_size() == 0
     _generation_marker()
     return cleared
 
@@ -160,4 +167,4 @@ def trace_context() -> Any:
     """All settings of JAX that a trace depends on; hashable."""
     from jax._src import config
 
-    return config.trace_context(), tuple(core.unsafe_get_axis_names_DO_NOT_USE())
+    return config.trace_context(), tuple(_axis_names())

@@ -59,7 +59,8 @@ class Affine:
         """The system at `z`. On fewer samples f is linearised again."""
 
         def at(part: Closure, index: jax.Array) -> "Affine":
-            return cls.of(part.at(index), *tree.take((z, b), index), transposed)
+            z_part, b_part = tree.take((z, b), index)
+            return cls.of(part.at(index), z_part, b_part, transposed)
 
         parts = tuple(Phase(part.size, functools.partial(at, part)) for part in f.parts)
         return cls(LoopBody(f.product(z, transposed)), b, parts)
@@ -283,7 +284,8 @@ _reverse_solution.defvjp(_reverse_forward, _reverse_backward, symbolic_zeros=Tru
 def _cotangent(f: Closure, chosen: Any, values: list[Any]) -> Closure:
     """A cotangent of f: `values` for the arrays `chosen`, None for all others."""
     given = iter(values)
-    return jax.tree.structure(f).unflatten(next(given) if mine else None for mine in chosen)
+    leaves = [next(given) if mine else None for mine in chosen]
+    return jax.tree.unflatten(jax.tree.structure(f), leaves)
 
 
 def _solve_system(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
+import jax.core
 import numpy as np
 
 T = TypeVar("T")
@@ -164,7 +165,7 @@ def check_same_form(begin: str, like: str, got: Any, expected: Any, remedy: str 
     Raises:
         ValueError: they differ; the message names the leaf, what came and what was expected.
     """
-    structures = jax.tree.structure(got), jax.tree.structure(expected)
+    structures: list[Any] = [jax.tree.structure(got), jax.tree.structure(expected)]
     if structures[0] != structures[1]:
         raise ValueError(
             f"{begin} the structure of {like}: got {structures[0]}, expected {structures[1]}"

@@ -130,7 +130,9 @@ class Closure:
         """For each leaf, whether it can have a derivative."""
         return [_is_inexact(leaf) for leaf in jax.tree.leaves(self)]
 
-    def variables(self, chosen: Sequence[bool] | None = None) -> tuple[list[Any], Callable]:
+    def variables(
+        self, chosen: Sequence[bool] | None = None
+    ) -> tuple[list[Any], Callable[..., Any]]:
         """The arrays with derivatives, or those `chosen`, and a function that puts others there."""
         leaves, structure = jax.tree.flatten(self)
         chosen = self.inexact() if chosen is None else chosen
@@ -138,7 +140,8 @@ class Closure:
         def rebuild(variables: Sequence[Any]) -> "Closure":
             given = iter(variables)
             pairs = zip(leaves, chosen, strict=True)
-            return structure.unflatten(next(given) if mine else leaf for leaf, mine in pairs)
+            new = (next(given) if mine else leaf for leaf, mine in pairs)
+            return jax.tree.unflatten(structure, new)
 
         return [leaf for leaf, mine in zip(leaves, chosen, strict=True) if mine], rebuild
 
@@ -173,14 +176,13 @@ class Held:
         """The pytree."""
         structure, others = self._static
         arrays = iter(self.arrays)
-        return structure.unflatten(
-            next(arrays) if other is None else other.value for other in others
-        )
+        leaves = (next(arrays) if other is None else other.value for other in others)
+        return jax.tree.unflatten(structure, leaves)
 
     @property
-    def objects(self) -> list[Any]:
-        """What is static, but for the structure."""
-        return [other.value for other in self._static[1] if other is not None]
+    def is_certain(self) -> bool:
+        """Whether all that is static can be told from something else later."""
+        return all(other is None or other.contents is not None for other in self._static[1])
 
     def _flatten(self) -> tuple[list[Any], Any]:
         return self.arrays, self._static
@@ -200,7 +202,7 @@ class _Object:
 
     def __init__(self, value: Any):
         self.value = value
-        self._contents = kept.contents(value)
+        self.contents = kept.contents(value)
 
     def __hash__(self) -> int:
         return hash(type(self.value))
@@ -208,8 +210,8 @@ class _Object:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        same = isinstance(other, _Object) and self._contents == other._contents
-        return same and self._contents is not None
+        same = isinstance(other, _Object) and self.contents == other.contents
+        return same and self.contents is not None
 
 
 def close(
@@ -311,7 +313,7 @@ def _closed_for(
 
 
 def _check_uses(whole: Closure, part: Closure, shrink_to: int) -> None:
-    """Raises if f uses an array for fewer samples that it does not use for all: f is another one."""
+    """Raises if f uses an array for fewer samples that it does not use for all of them."""
     used = {id(array) for array in whole.used()}
     for array in part.used():
         if id(array) not in used:

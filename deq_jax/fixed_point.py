@@ -262,36 +262,63 @@ def _run(
     """Checks and casts the arguments, closes f and solves."""
     z0 = precision.cast(initial_state(x, z0, task.batched), task.execution.state_dtype)
     _check_probe(probe, z0, task.batched)
-    batch = jax.tree.leaves(z0)[0].shape[0] if task.batched else 1
-    shrink_to, dtype = task.execution.shrink_to, task.execution.cell_dtype
-    if shrink_to is not None:
-        sharding.check_batch(f"Execution(shrink_to={shrink_to}) gathers samples of x", x, batch)
-    value_only = _compat.at_top_level()
+    execution, axis = task.execution, task.execution.shard_axis
+    if execution.shrink_to is not None:
+        batch = jax.tree.leaves(z0)[0].shape[0]
+        why = f"Execution(shrink_to={execution.shrink_to}) gathers samples of x"
+        sharding.check_batch(why, x, batch)
+    solve_closed = _CloseAndSolve(
+        task.batched,
+        task.sample_at,
+        execution.shrink_to,
+        execution.cell_dtype,
+        _compat.at_top_level(),
+    )
+    arguments = (Held(f), Held(params), Held(x), z0, Held((task.solver, task.policies)), probe)
+    mesh = sharding.find_mesh(axis, x, z0, task.batched)
+    if mesh is None or axis is None:
+        return solve_closed(*arguments)
+    return sharding.solve_shards(solve_closed, arguments, axis, mesh)
 
-    def whole(
-        f: Held, params: Held, x: Held, z0: PyTree, held: Held, probe: BackwardProbe | None
+
+@dataclasses.dataclass(frozen=True)
+class _CloseAndSolve:
+    """Closes f over the arguments and solves, for a batch or a shard of one.
+
+    Attributes:
+        batched: axis 0 is the batch.
+        sample_at: see `solve`.
+        shrink_to: see `Execution`.
+        cell_dtype: see `Execution`.
+        value_only: see `Program`.
+    """
+
+    batched: bool
+    sample_at: tuple[int, ...]
+    shrink_to: int | None
+    cell_dtype: Any
+    value_only: bool
+
+    def __call__(
+        self, f: Held, params: Held, x: Held, z0: PyTree, held: Held, probe: BackwardProbe | None
     ) -> Solution:
-        batch = jax.tree.leaves(z0)[0].shape[0] if task.batched else 1  # of this shard
-        fewer = () if shrink_to is None else sizes(batch, shrink_to)
+        """The solution by the solver and with the policies that are `held`."""
+        fewer: tuple[int, ...] = ()
+        if self.shrink_to is not None:
+            fewer = sizes(jax.tree.leaves(z0)[0].shape[0], self.shrink_to)
         # Cast before f is traced, so that no trip of a loop casts params and x.
-        given = precision.cast((params.value, x.value), dtype)
+        cast_params, cast_x = precision.cast((params.value, x.value), self.cell_dtype)
         closed = close(
             f.value,
-            *given,
+            cast_params,
+            cast_x,
             z0,
-            batched=task.batched,
-            cell_dtype=dtype,
+            batched=self.batched,
+            cell_dtype=self.cell_dtype,
             sizes=fewer,
-            value_only=value_only,
+            value_only=self.value_only,
         )
-        return _solve_compiled(closed, z0, held, probe, task.batched, task.sample_at)
-
-    held = Held((task.solver, task.policies))
-    mesh = sharding.find_mesh(task.execution.shard_axis, x, z0, task.batched)
-    arguments = Held(f), Held(params), Held(x), z0, held, probe
-    if mesh is None:
-        return whole(*arguments)
-    return sharding.solve_shards(whole, arguments, task.execution.shard_axis, mesh, task)
+        return _solve_compiled(closed, z0, held, probe, self.batched, self.sample_at)
 
 
 def _solve(
@@ -309,8 +336,8 @@ def _solve(
         if not batched:
             z0 = add_batch_axis(z0)
             if probe is not None:
-                per_sample = map(jnp.atleast_1d, probe[:3])
-                probe = BackwardProbe(*per_sample, evaluations=probe.evaluations)
+                per_sample = {k: jnp.atleast_1d(a) for k, a in probe._asdict().items()}
+                probe = BackwardProbe(**per_sample)._replace(evaluations=probe.evaluations)
         z0 = jax.lax.stop_gradient(tree.vary_over(z0, tree.varying_axes(f)))
         solution = _solve_and_attach(f, z0, solver, policies, probe, sample_at)
         solution = dataclasses.replace(solution, state=None)
@@ -325,7 +352,8 @@ def _solve(
     if _compat.explicit_axes():
         # The loop's own arrays carry no shardings. JAX distributes them; f runs in its own types.
         specs = sharding.solution_specs(f, z0, held.value[0], batched, len(sample_at))
-        run = jax.sharding.auto_axes(run, out_sharding=specs)
+        spread: Any = jax.sharding.auto_axes(run, out_sharding=specs)
+        return spread(f, z0, held, probe)
     return run(f, z0, held, probe)
 
 
@@ -461,7 +489,7 @@ def _check_probe(probe: Any, z0: PyTree, batched: bool) -> None:
         return
     if not isinstance(probe, BackwardProbe):
         raise TypeError(f"backward_probe must be a BackwardProbe, got {type(probe).__name__}")
-    batch = jax.tree.leaves(z0)[0].shape[:1] if batched else ()
+    batch: tuple[Any, ...] = jax.tree.leaves(z0)[0].shape[:1] if batched else ()
     expected = {"residual": batch, "iterations": batch, "status": batch, "evaluations": ()}
     got = {name: jnp.shape(field) for name, field in probe._asdict().items()}
     if got != expected:

@@ -64,7 +64,8 @@ class _Unknown(Exception):
 
 
 def _describe(value: Any, seen: set[int]) -> Iterator[Hashable]:
-    yield type(value)
+    kind: Any = type(value)
+    yield kind
     if isinstance(value, _CONSTANTS):
         yield repr(value) if isinstance(value, float | complex) else value
         return

@@ -73,6 +73,7 @@ def _follow(jaxpr: Any, axes: list[int | None]) -> tuple[str | None, list[int | 
         jaxpr: a jaxpr.
         axes: the batch axis of each input; None where it is the same for all samples.
     """
+    results: list[int | None]
     axis_of: dict[Any, int | None] = dict(zip(jaxpr.invars, axes, strict=True))
 
     def axis(atom: Any) -> int | None:
@@ -84,7 +85,8 @@ def _follow(jaxpr: Any, axes: list[int | None]) -> tuple[str | None, list[int | 
             continue
         bodies = _compat.nested(equation)
         if _LOST in given:
-            found, results = None, [_LOST] * len(equation.outvars)
+            found = None
+            results = [_LOST for _ in equation.outvars]
         elif len(bodies) == 1 and _is_call(equation, bodies[0]):
             found, results = _follow(bodies[0], given)
         else:

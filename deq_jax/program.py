@@ -56,13 +56,15 @@ class Program:
     def __call__(self, *values: Any) -> PyTree:
         """Evaluates the jaxpr."""
 
-        def run(*values: Any) -> list[Any]:
+        def evaluate(*values: Any) -> list[Any]:
             return _compat.evaluate(self.jaxpr, values)
+
+        run: Any = evaluate
 
         if self.specs is not None and not _compat.explicit_axes():
             # The solve runs under automatic sharding; f runs in the types it was traced in.
-            run = jax.sharding.explicit_axes(run, in_sharding=self.specs)
-        return self.out_tree.unflatten(run(*values))
+            run = jax.sharding.explicit_axes(evaluate, in_sharding=self.specs)
+        return jax.tree.unflatten(self.out_tree, run(*values))
 
     @functools.cached_property
     def mixes(self) -> bool:

@@ -44,13 +44,14 @@ def solution_specs(f: Closure, z0: PyTree, solver: Any, batched: bool, samples: 
         return P(batch, *spec[1:]) if batched else spec
 
     state = jax.tree.map(of_state, z0)
-    stats: Any = SolveStats(
-        per_sample,  # type: ignore[arg-type]
-        per_sample,  # type: ignore[arg-type]
-        per_sample,  # type: ignore[arg-type]
-        P(),  # type: ignore[arg-type]
-        P(None, *per_sample) if solver.trace else None,  # type: ignore[arg-type]
-        P() if getattr(solver, "linearizes", False) else None,  # type: ignore[arg-type]
+    of_stats: Any = SolveStats
+    stats = of_stats(
+        per_sample,
+        per_sample,
+        per_sample,
+        P(),
+        P(None, *per_sample) if solver.trace else None,
+        P() if getattr(solver, "linearizes", False) else None,
     )
     return Solution(state, stats, (state,) * samples, None)
 
@@ -125,23 +126,25 @@ def check_batch(why: str, x: PyTree, batch: int) -> None:
 
 
 def solve_shards(
-    solve: Callable[..., Solution], arguments: Any, axis: str, mesh: AbstractMesh, task: Any
+    solve: Callable[..., Solution], arguments: Any, axis: str, mesh: AbstractMesh
 ) -> Solution:
     """`solve(*arguments)` for each shard of the batch by itself.
 
     Args:
-        solve: solves for a batch, given f, params, x, z0, solver and policies, and the probe.
+        solve: solves for a batch, given f, params, x, z0, solver and policies, and the probe;
+            hashable.
         arguments: these.
         axis: the mesh axis.
         mesh: its mesh, from `find_mesh`.
-        task: all else that tells one solve from another; hashable.
 
     Returns:
         The solution. `evaluations` and `products`, in the statistics and in the probe, are those
         of the shard with the most.
     """
-    function = functools.partial(_over_shards, solve, axis, mesh)
-    return jax.jit(function)(*arguments)
+    if arguments[0].is_certain:
+        return _over_shards_compiled(solve, axis, mesh, *arguments)
+    # Nothing is kept of an f that holds arrays.
+    return jax.jit(functools.partial(_over_shards, solve, axis, mesh))(*arguments)
 
 
 def _over_shards(
@@ -157,11 +160,16 @@ def _over_shards(
         solution = solve(f, params, x, z0, held, probe)
         return _with_counts(solution, lambda count: count[None])
 
-    specs: Any = SolveStats(*[across] * 4, P(None, axis), across)  # type: ignore[arg-type]
-    mapped = _mapped(local, axis, mesh, Solution(across, specs, across, None))  # type: ignore
+    of_stats: Any = SolveStats
+    stats = of_stats(across, across, across, across, P(None, axis), across)
+    samples: Any = across
+    mapped = _mapped(local, axis, mesh, Solution(across, stats, samples, None))
     if probe is not None:
         probe = probe._replace(evaluations=_one_each(probe.evaluations, mesh.shape[axis]))
     return _with_counts(mapped((f, params, held), x, z0, probe), jnp.max)
+
+
+_over_shards_compiled = jax.jit(_over_shards, static_argnums=(0, 1, 2))
 
 
 def _mapped(

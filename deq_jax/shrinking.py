@@ -124,20 +124,26 @@ def _samples(leaf: jax.Array, index: jax.Array, axis: int) -> Any:
 def _gather(carry: PyTree, index: jax.Array, axes: list[int | None]) -> PyTree:
     """The carry of the samples `index`."""
     leaves, structure = jax.tree.flatten(carry)
-    return structure.unflatten(
-        leaf
-        if axis is None
-        else _samples(leaf, index, axis).get(mode="promise_in_bounds", unique_indices=True)
-        for leaf, axis in zip(leaves, axes, strict=True)
+    return jax.tree.unflatten(
+        structure,
+        (
+            leaf
+            if axis is None
+            else _samples(leaf, index, axis).get(mode="promise_in_bounds", unique_indices=True)
+            for leaf, axis in zip(leaves, axes, strict=True)
+        ),
     )
 
 
 def _scatter(carry: PyTree, part: PyTree, index: jax.Array, axes: list[int | None]) -> PyTree:
     """`carry` with `part` in the places of the samples `index`."""
     leaves, structure = jax.tree.flatten(carry)
-    return structure.unflatten(
-        new
-        if axis is None
-        else _samples(leaf, index, axis).set(new, mode="promise_in_bounds", unique_indices=True)
-        for leaf, new, axis in zip(leaves, jax.tree.leaves(part), axes, strict=True)
+    return jax.tree.unflatten(
+        structure,
+        (
+            new
+            if axis is None
+            else _samples(leaf, index, axis).set(new, mode="promise_in_bounds", unique_indices=True)
+            for leaf, new, axis in zip(leaves, jax.tree.leaves(part), axes, strict=True)
+        ),
     )

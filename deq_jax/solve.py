@@ -64,9 +64,7 @@ class Solver(Protocol):
         """
         ...
 
-    def step(
-        self, z: Any, fz: Any, state: Any, /, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Any]:
+    def step(self, z: Any, fz: Any, state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """The next point to evaluate and the new state, from the point `z` and `fz = f(z)`.
 
         Must treat samples apart: sums run over all axes but the first. A sample that has stopped
@@ -95,11 +93,11 @@ class Map(Protocol):
     @property
     def parts(self) -> tuple[Any, ...]: ...  # noqa: D102
 
-    def __call__(self, z: Any) -> Any:
+    def __call__(self, z: Any, /) -> Any:
         """The function at `z`."""
         ...
 
-    def linearize(self, z: Any) -> tuple[Any, Any]:
+    def linearize(self, z: Any, /) -> tuple[Any, Any]:
         """The function at `z` and its derivative there, a `Map`."""
         ...
 
@@ -317,7 +315,8 @@ def solve(
         end = while_shrinking(proceed, on_all, start, bodies, axes)
     else:
         end = lax.while_loop(proceed, on_all, start)
-    products = solver.products(end.state) if linearizes else None
+    counting: Any = solver
+    products = counting.products(end.state) if linearizes else None
     stats = SolveStats(
         end.best_residual, end.iterations, end.status, end.evaluations, end.trace, products
     )
@@ -338,7 +337,8 @@ def _checked_state(solver: Solver, state: PyTree) -> PyTree:
     for name, leaf in checks.named_leaves(state):
         if not checks.is_array(leaf):
             raise ValueError(
-                f"{type(solver).__name__}.init must return a state of arrays, leaf {name} is {leaf!r}"
+                f"{type(solver).__name__}.init must return a state of arrays, leaf {name} is "
+                f"{leaf!r}"
             )
     return state
 
@@ -355,7 +355,7 @@ def _pair(solver: Solver, returned: Any) -> tuple[PyTree, PyTree]:
 
 def _unused() -> float:
     """What stands in a trace after the stop: NaN, or infinity where JAX is told to forbid NaN."""
-    return jnp.inf if jax.config.jax_debug_nans else jnp.nan
+    return jnp.inf if jax.debug_nans.value else jnp.nan
 
 
 def _scale(carry: _Carry, z: PyTree, fz: PyTree) -> jax.Array:

@@ -99,7 +99,7 @@ def subtract(a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(jnp.subtract, a, b)
 
 
-def scale(factor: jax.Array | float, a: PyTree) -> PyTree:
+def scale(factor: Any, a: PyTree) -> PyTree:
     """`factor * a` in the leaves' own dtypes; `factor` is a number or per sample, `[B]`."""
     factor = jnp.asarray(factor)
 
@@ -158,7 +158,7 @@ def unpack(packed: jax.Array, like: PyTree) -> PyTree:
             part = part.real
         return part.astype(leaf.dtype).reshape(leaf.shape)
 
-    return structure.unflatten(map(restore, parts, leaves))
+    return jax.tree.unflatten(structure, map(restore, parts, leaves))
 
 
 def zeros_per_sample(a: PyTree) -> jax.Array:

@@ -173,7 +173,7 @@ class EquilibriumSequenceModel(SequenceModel):
         """
         x = self.injection(inputs)
         z, stats = self.core(x, self.zeros(x), return_stats=True, backward_probe=backward_probe)
-        returned = [self.classify(z)]
+        returned: list[Any] = [self.classify(z)]
         returned += [stats] if return_stats else []
         returned += [self.memory(x, z)] if return_memory else []
         return returned[0] if len(returned) == 1 else tuple(returned)

@@ -41,7 +41,8 @@ def rewrite_operations(flat: Flat, known: int) -> Flat:
         known: how many of its first inputs are the same in every trip.
     """
     constant = set(flat.invars[:known])
-    operations, replaced = [], {}
+    operations: list[Operation] = []
+    replaced: dict[Any, Any] = {}
     for op in flat.operations:
         inputs = [
             a if isinstance(a, _compat.Literal) else replaced.get(a, a) for a in op.equation.invars
@@ -85,7 +86,7 @@ class ChannelsLast:
 
     params: dict[str, Any]
 
-    def before(self, kernel: jax.Array) -> jax.Array:
+    def before(self, kernel: jax.Array) -> Any:
         """The kernel; the barrier keeps the compiler from undoing its layout."""
         return lax.optimization_barrier(self.kernel_last(kernel))
 
@@ -102,7 +103,7 @@ class ChannelsLast:
         batch, channel, *spatial = self.params["dimension_numbers"].out_spec
         return lax.transpose(out, tuple(np.argsort((batch, *spatial, channel))))
 
-    def convolve(self, image: jax.Array, ready: jax.Array) -> jax.Array:
+    def convolve(self, image: jax.Array, ready: Any) -> jax.Array:
         """The convolution of `[N, *spatial, C]`."""
         params = self.params
         return lax.conv_general_dilated(
@@ -159,14 +160,14 @@ class Winograd(ChannelsLast):
     random data 2.6e-7 against 3.8e-7 in float32).
     """
 
-    def before(self, kernel: jax.Array) -> list[jax.Array]:
+    def before(self, kernel: jax.Array) -> Any:
         """G g Gᵀ: 16 matrices `[I, O]`."""
         kernel = self.kernel_last(kernel)
         rows = _transform(_G, [kernel[i] for i in range(3)])
         matrices = [g for row in rows for g in _transform(_G, [row[j] for j in range(3)])]
         return lax.optimization_barrier(matrices)
 
-    def convolve(self, image: jax.Array, ready: list[jax.Array]) -> jax.Array:
+    def convolve(self, image: jax.Array, ready: Any) -> jax.Array:
         """The convolution of `[N, H, W, C]`, some samples at a time."""
         batch, *sides, channels = image.shape
         # Patches and products take four times the memory of input and output; beyond the cache
