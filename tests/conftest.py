@@ -14,8 +14,9 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 CACHE = Path(__file__).parent.parent / ".cache" / "jax"
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+if os.environ.get("CI") != "true":  # a checkout made anew has nothing to find, and writing costs
+    jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture
