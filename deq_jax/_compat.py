@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
 PyTree = Any
@@ -36,22 +38,18 @@ def trace(function: Callable[..., PyTree], *args: PyTree) -> tuple[Any, list[Any
 
 def trace_types(function: Callable[..., PyTree], atoms: Sequence[Any]) -> Any:
     """The jaxpr of a function without captured arrays, for inputs of the types of these atoms."""
-    types = [
-        jax.ShapeDtypeStruct(
-            a.aval.shape,
-            a.aval.dtype,
-            sharding=_sharding(a.aval),
-            manual_axis_type=a.aval.manual_axis_type,
-        )
-        for a in atoms
-    ]
+    types: list[Any] = []
+    for aval in (atom.aval for atom in atoms):
+        if manual_axes():  # a shape cannot say over which axes an array varies; zeros can
+            zeros = jnp.zeros(aval.shape, aval.dtype)
+            axes = tuple(sorted(aval.manual_axis_type.varying))
+            types.append(lax.pcast(zeros, axes, to="varying") if axes else zeros)
+        else:
+            sharding = aval.sharding if explicit_axes() else None
+            types.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding))
     jaxpr, captured, _ = trace(function, *types)
     assert not captured
     return jaxpr
-
-
-def _sharding(aval: Any) -> Any:
-    return aval.sharding if explicit_axes() else None
 
 
 def evaluate(jaxpr: Any, values: Sequence[Any]) -> list[Any]:

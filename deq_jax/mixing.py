@@ -130,7 +130,7 @@ def _through(equation: Any, given: list[int | None]) -> int | str | None:
         return batch if len(known) == 1 else None
     if name == "dot_general":
         return _through_product(equation, given)
-    if given[0] is None:
+    if given[0] is None or batch >= len(first):
         return None
     if name in _REDUCTIONS or name in _CUMULATIVE:
         over = (params["axis"],) if name in _CUMULATIVE else params["axes"]
@@ -141,7 +141,7 @@ def _through(equation: Any, given: list[int | None]) -> int | str | None:
         return params["broadcast_dimensions"][batch]
     if name == "transpose":
         return params["permutation"].index(batch)
-    if name == "squeeze":
+    if name == "squeeze" and batch not in params["dimensions"]:
         return batch - sum(a < batch for a in params["dimensions"])
     if name == "expand_dims":
         return batch + sum(a <= batch for a in params["dimensions"])

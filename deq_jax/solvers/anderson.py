@@ -199,31 +199,63 @@ _UNROLLED = 10
 def _solve_unrolled(
     entry: Callable[[int, int], jax.Array], rhs: list[jax.Array]
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Solves `A w = rhs` by A = L D Lᵀ, and says where `[B]` all pivots are positive.
+    """Solves `A w = rhs` by A = L D Lᵀ, and says where `[B]` all pivots are sound.
 
-    `entry(i, j)` is A_ij `[B]`. A pivot that fails is replaced by 1, so that
-    neither the solution nor its derivative is NaN.
+    `entry(i, j)` is A_ij `[B]`, with a diagonal of about 1. A pivot at the level of rounding, the
+    sign of a window of dependent residuals, has failed and is replaced by 1, so that neither the
+    solution nor its derivative blows up.
     """
     count = len(rhs)
-    lower: list[list[jax.Array]] = []  # L_ij for j < i
+    matrix = [[entry(i, j) for j in range(i + 1)] for i in range(count)]
+    lower, pivots, solved = _factorise(lax.stop_gradient(matrix))
+    return _substitute(matrix, lower, pivots, rhs), solved
+
+
+def _factorise(matrix: list[list[jax.Array]]) -> tuple[Any, list[jax.Array], jax.Array]:
+    """L below its diagonal of ones, D, and where all of D is sound."""
+    least = 10 * len(matrix) * float(jnp.finfo(matrix[0][0].dtype).eps)
+    lower: list[list[jax.Array]] = []
     pivots: list[jax.Array] = []
-    solved = rhs[0] == rhs[0]
-    for i in range(count):
-        row: list[jax.Array] = []  # L_ij d_j
+    sound: list[jax.Array] = []
+    for i, given in enumerate(matrix):
+        row: list[jax.Array] = []  # L_ij d_j = A_ij - Σ_k L_ik d_k L_jk
         for j in range(i):
-            row.append(entry(i, j) - _sum_of_products(row, lower[j]))
+            row.append(given[j] - _sum_of_products(row, lower[j]))
         lower.append([r / d for r, d in zip(row, pivots, strict=True)])
-        pivot = entry(i, i) - _sum_of_products(row, lower[i])
-        solved &= pivot > 0
-        pivots.append(jnp.where(pivot > 0, pivot, 1))
-    # L y = rhs, then Lᵀ w = y / d.
+        pivot = given[i] - _sum_of_products(row, lower[i])
+        sound.append(pivot > least)
+        pivots.append(jnp.where(sound[i], pivot, 1))
+    return lower, pivots, functools.reduce(jnp.logical_and, sound)
+
+
+@jax.custom_jvp
+def _substitute(
+    matrix: list[list[jax.Array]], lower: Any, pivots: list[jax.Array], rhs: list[jax.Array]
+) -> list[jax.Array]:
+    """The solution from the factors: L y = rhs, then Lᵀ w = y / d.
+
+    Differentiated as a solution, `A ẇ = ṙ - Ȧ w`: through the factorisation itself the derivative
+    would lose twice as many digits.
+    """
+    count = len(rhs)
     w: list[jax.Array] = []
     for i in range(count):
         w.append(rhs[i] - _sum_of_products(lower[i], w))
     w = [y / d for y, d in zip(w, pivots, strict=True)]
     for i in reversed(range(count)):
         w[i] = w[i] - _sum_of_products([lower[k][i] for k in range(i + 1, count)], w[i + 1 :])
-    return w, solved
+    return w
+
+
+@_substitute.defjvp
+def _substitute_tangent(primals: Any, tangents: Any) -> Any:
+    matrix, lower, pivots, rhs = primals
+    moved, _, _, rhs_moved = tangents
+    w = _substitute(matrix, lower, pivots, rhs)
+    count = range(len(rhs))
+    change = [_sum_of_products([moved[max(i, j)][min(i, j)] for j in count], w) for i in count]
+    right = [r - c for r, c in zip(rhs_moved, change, strict=True)]
+    return w, _substitute(matrix, lower, pivots, right)
 
 
 def _sum_of_products(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> Any:

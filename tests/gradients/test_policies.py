@@ -196,12 +196,13 @@ EARLY = {
 
 
 @pytest.mark.parametrize("name", EARLY)
-def test_the_value_is_the_solvers_to_the_last_bit(name):
+def test_the_value_is_the_solvers(name):
     policy, solver = EARLY[name]
     params, x, y = problem()
     plain = solve_fixed_point(cell, params, x, solver=solver)
     got, z = gradient(policy, solver, params, x, y)
-    np.testing.assert_array_equal(z, plain.value)
+    # Compiled in two programs; the compiler may join operations of one in another way.
+    np.testing.assert_allclose(z, plain.value, rtol=1e-15, atol=2e-16)
     residual = np.linalg.norm(evaluate(params, z, x) - z, axis=1)
     residual /= np.linalg.norm(evaluate(params, z, x), axis=1)
     assert residual.min() > 1e-4  # not solved

@@ -263,16 +263,16 @@ def test_the_second_call_traces_nothing():
 
     step = jax.jit(jax.grad(lambda w, x: fresh(w, x).sum()))
     step(w, x)
-    traces.clear()
+    before = len(traces)
     second = step(2 * w, x)
-    assert not traces
+    assert len(traces) == before
     assert relative_error(second, tanh_gradients(2 * w, x, np.ones_like(x))[1][0]) < 1e-2
     deq_fixed_point(counted, w, x, solver=Picard())
-    traces.clear()
+    before = len(traces)  # not cleared: f holds the list, and would be traced anew
     np.testing.assert_allclose(
         deq_fixed_point(counted, -w, x, solver=Picard()), tanh_solution(-w, x), atol=1e-3
     )
-    assert not traces
+    assert len(traces) == before
 
 
 @defect(
