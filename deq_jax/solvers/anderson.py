@@ -201,9 +201,8 @@ def _solve_unrolled(
 ) -> tuple[list[jax.Array], jax.Array]:
     """Solves `A w = rhs` by A = L D Lᵀ, and says where `[B]` all pivots are sound.
 
-    `entry(i, j)` is A_ij `[B]`, with a diagonal of about 1. A pivot at the level of rounding, the
-    sign of a window of dependent residuals, has failed and is replaced by 1, so that neither the
-    solution nor its derivative blows up.
+    `entry(i, j)` is A_ij `[B]`. A pivot that fails is replaced by 1, so that neither the solution
+    nor its derivative is NaN.
     """
     count = len(rhs)
     matrix = [[entry(i, j) for j in range(i + 1)] for i in range(count)]
@@ -213,7 +212,6 @@ def _solve_unrolled(
 
 def _factorise(matrix: list[list[jax.Array]]) -> tuple[Any, list[jax.Array], jax.Array]:
     """L below its diagonal of ones, D, and where all of D is sound."""
-    least = 10 * len(matrix) * float(jnp.finfo(matrix[0][0].dtype).eps)
     lower: list[list[jax.Array]] = []
     pivots: list[jax.Array] = []
     sound: list[jax.Array] = []
@@ -223,7 +221,7 @@ def _factorise(matrix: list[list[jax.Array]]) -> tuple[Any, list[jax.Array], jax
             row.append(given[j] - _sum_of_products(row, lower[j]))
         lower.append([r / d for r, d in zip(row, pivots, strict=True)])
         pivot = given[i] - _sum_of_products(row, lower[i])
-        sound.append(pivot > least)
+        sound.append(pivot > 0)
         pivots.append(jnp.where(sound[i], pivot, 1))
     return lower, pivots, functools.reduce(jnp.logical_and, sound)
 
