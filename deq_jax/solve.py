@@ -361,7 +361,13 @@ def _unused() -> float:
 def _scale(carry: _Carry, z: PyTree, fz: PyTree) -> jax.Array:
     """The power of two of each sample, `[B]`, from its first evaluation."""
     z, fz = lax.stop_gradient((z, fz))
-    return lax.cond(carry.evaluations == 0, tree.unit_scale, lambda z, fz: carry.scale, z, fz)
+    axes = tree.varying_axes(carry.scale)
+
+    def first(z: PyTree, fz: PyTree) -> jax.Array:
+        # JAX 0.12 takes the exponents of `frexp` for the same on all devices of a shard_map.
+        return tree.vary_over(tree.unit_scale(z, fz), axes)
+
+    return lax.cond(carry.evaluations == 0, first, lambda z, fz: carry.scale, z, fz)
 
 
 def _evaluated_once(f: Callable[[PyTree], PyTree], z: PyTree, proceed: jax.Array) -> PyTree:
