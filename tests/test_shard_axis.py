@@ -37,7 +37,6 @@ from tests.test_sharding import cell, dense, make_params, normal
 
 SHARDED = Execution(shard_axis="data")
 PICARD = Picard(tol=1e-13, max_iter=300)
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -140,11 +139,7 @@ def test_every_policy(policy, closes_over):
         )
         return jnp.vdot(cotangent, z), stats
 
-    derivative = jax.jit(
-        jax.grad(value, (0, 1, 2), has_aux=True),
-        static_argnums=3,
-        compiler_options=UNOPTIMISED,
-    )
+    derivative = jax.jit(jax.grad(value, (0, 1, 2), has_aux=True), static_argnums=3)
     probe = BackwardProbe.zeros(8) if reports else None
     with jax.set_mesh(mesh()):
         (*got, report), stats = derivative(params, x, probe, SHARDED)
@@ -240,7 +235,7 @@ def test_transformations():
     models = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), params)
     inputs_of = jnp.stack([x, 0.3 * x])
 
-    @functools.partial(jax.jit, static_argnums=0, compiler_options=UNOPTIMISED)
+    @functools.partial(jax.jit, static_argnums=0)
     def run(execution):
         gradient = jax.grad(functools.partial(loss, execution=execution), (0, 1))
 

@@ -39,8 +39,6 @@ SOLVERS = {
     "newton": NewtonKrylov(tol=1e-11),
 }
 PICARD = SOLVERS["picard"]
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
-"""Compiling is nearly all the time these tests take, and their results do not depend on it."""
 
 each_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 pytestmark = pytest.mark.usefixtures("x64")
@@ -73,7 +71,7 @@ def start():
 
 
 def compiled(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile(UNOPTIMISED)(*arguments)
+    return jax.jit(function)(*arguments)
 
 
 def same(a, b, tolerance=1e-11):
