@@ -21,9 +21,11 @@ def while_as_scans(
     Two levels of about √length trips, both checkpointed: backpropagation stores 2 √length carries
     and the insides of one trip, and computes every trip twice more.
     """
+    # JAX 0.10.0 fails on a `cond` that saves arrays of explicit sharding, as f under a mesh makes.
+    insides = jax.checkpoint(body, prevent_cse=False)
 
     def trip(carry: PyTree, _: None) -> tuple[PyTree, None]:
-        return lax.cond(proceed(carry), body, lambda carry: carry, carry), None
+        return lax.cond(proceed(carry), insides, lambda carry: carry, carry), None
 
     inner = math.isqrt(length - 1) + 1
 
