@@ -15,7 +15,8 @@ class Execution:
             half of the batch is unfinished, the loop goes on with these alone, and so on down to
             this many. The cost follows the mean number of evaluations instead of the largest
             (`stats.evaluations` is the largest still); answers are the same up to the rounding of
-            products of another size. None: never; no more samples than this: nothing changes.
+            products of another size. With None, finished
+            samples never leave. A batch that is already this small runs unchanged.
 
             For an f that treats samples independently, with all that belongs to a sample in z or
             x: every leaf of x has the batch on axis 0 and is gathered; `params` and closures are
@@ -36,17 +37,17 @@ class Execution:
             An f that mixes samples mixes those of a shard, unless it uses collectives over the
             axis; what f draws from a key in `params` is the same on every shard, unless it folds in
             `lax.axis_index`. Reverse mode only. Inside a `shard_map` over this axis it changes
-            nothing. None: one loop for the whole batch, whose devices agree in each trip whether
-            to go on.
+            nothing. With None there is one loop for the whole batch, whose devices agree in each
+            trip whether to go on.
         cell_dtype: real floating dtype in which f is evaluated: floating leaves of params, x and z
             are cast to it (complex ones to complex64, or complex128 for float64; no others), what f
             returns must have it and is cast back to the dtype of the state. Gradients reach params
             and x in their own dtypes (`Phantom` and `Unrolled` add them up in this one first). What
-            f closes over is not cast. None: f is given everything as it is. Which tolerance half
-            precision can reach: docs/precision.md.
+            f closes over is not cast. With None f is given everything as it is. docs/precision.md
+            says which tolerance half precision can reach.
         state_dtype: real floating dtype of the state: `z0` or the zeros in its place are cast to
             it, and the value, histories and the backward solve have it (residuals at least
-            float32). None: that of `z0`.
+            float32). With None the state has the dtype of `z0`.
 
     Raises:
         ValueError, TypeError: a field is out of its range; the message names it. In the solve, for

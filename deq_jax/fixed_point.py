@@ -471,7 +471,7 @@ def returned(
 
 
 def has_injection(cell: Any, asked: bool | None) -> bool:
-    """Whether a layer computes `cell.inject(x)`, given what its option `inject` says.
+    """Whether a layer computes `cell.inject(x)`, from its option `inject` and the cell's class.
 
     Raises:
         TypeError: the option is no bool, or the class of the cell has no such method.

@@ -41,7 +41,7 @@ def contents(value: Any) -> Hashable | None:
         function cannot look into.
     """
     try:
-        return tuple(_describe(value, set()))
+        return tuple(_describe(value, {}))
     except _Unknown:
         return None
 
@@ -63,7 +63,8 @@ class _Unknown(Exception):
     """Something in the value cannot be described."""
 
 
-def _describe(value: Any, seen: set[int]) -> Iterator[Hashable]:
+def _describe(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[Hashable]:
+    """The description of a value, where `seen` has the values so far by their addresses."""
     kind: Any = type(value)
     yield kind
     if isinstance(value, _CONSTANTS):
@@ -75,8 +76,10 @@ def _describe(value: Any, seen: set[int]) -> Iterator[Hashable]:
         yield value
         return
     if id(value) in seen:
+        yield seen[id(value)][0]  # which of them it is
         return
-    seen.add(id(value))
+    # The value too, so that no other one takes its address while the description is made.
+    seen[id(value)] = len(seen), value
     if isinstance(value, types.FunctionType) and not _of_library(value):
         yield value
         parts = [value.__code__, value.__defaults__, value.__kwdefaults__, *_globals_of(value)]

@@ -1,8 +1,8 @@
 """`lax.while_loop` in phases of fewer and fewer samples: those that have finished leave.
 
 A phase runs on n samples until no more than the next smaller size are active. These are gathered
-out of the carry, the next phase runs on them, and what it leaves behind is written back to their
-places. All sizes are static, so the loop is compiled once for each.
+out of the carry, the next phase runs on them, and its results are written back to their places. All
+sizes are static, so the loop is compiled once for each.
 
 Known to be non-optimal: samples leave only at the given sizes, so up to half of a phase's samples
 may have finished. A phase gathers a copy of its samples' share of the carry, all phases together
@@ -51,8 +51,8 @@ def while_shrinking(
     Args:
         proceed: as for `lax.while_loop`.
         body: likewise.
-        start: likewise, with a field `active`, bool `[B]`; a sample that is not does not change
-            but for what nobody will read.
+        start: likewise, with a field `active`, bool `[B]`; the result of a sample
+            that is not active must not change any more.
         smaller: the body on some samples, for sizes that decrease.
         axes: the batch axis of each leaf of the carry; None for what the batch has in common.
 

@@ -136,7 +136,7 @@ class _Carry(NamedTuple):
     iterations: jax.Array  # int32 [B]
     status: jax.Array  # int32 [B]
     trace: jax.Array | None  # [max_iter, B]
-    samples: PyTree  # [number of samples + 1, B, ...], the last row for what nobody asked for
+    samples: PyTree  # [number of samples + 1, B, ...], the last row is overwritten and never read
 
 
 def solve(
@@ -258,8 +258,8 @@ def solve(
         status = jnp.where(converged, int(Status.CONVERGED), status)
         status = jnp.where(diverged, int(Status.DIVERGED), status)
 
-        # The best iterate. Where atol is what is met, an earlier one may have a lower relative
-        # residual; that of a resting sample is what it is among the others now.
+        # The best iterate. Where `atol` is met, an earlier iterate may have a lower relative
+        # residual. The residual of a resting sample is measured again among the others.
         improved = converged | woken | (active & finite & (residual < carry.best_residual))
         if f.mixes:
             improved |= active & finite & (carry.evaluations + 1 == solver.max_iter)

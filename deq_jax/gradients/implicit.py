@@ -38,7 +38,7 @@ class Implicit:
 
     The backward residual of a sample is `‖Jᵀ u + y - u‖ / ‖y‖`, so gradients of any scale are
     solved to the same relative accuracy; a sample with y = 0 costs nothing. The backward pass never
-    raises; pass a `BackwardProbe` to learn what it reached.
+    raises; pass a `BackwardProbe` to learn which residual it reached.
 
     With `reuse=True` (SHINE) the forward solver is `Broyden`, whose estimate `B ≈ (J - I)⁻¹` starts
     the backward solve at `u₀ = -Bᵀ y`; if that is by Broyden too, it goes on learning from Bᵀ. With

@@ -1,7 +1,7 @@
 """Picard iteration: apply f again and again."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 from deq_jax import checks, tree
 from deq_jax.checks import Real
@@ -39,8 +39,6 @@ class Picard:
     max_iter: int = 100
     atol: Real = 0.0
     trace: bool = False
-
-    scale_free: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.check_number(self, "damping", above=0.0, at_most=1.0)
