@@ -144,6 +144,14 @@ def explicit_axes() -> frozenset[str]:
     return frozenset(jax.sharding.get_abstract_mesh().explicit_axes)
 
 
+def cond_saves() -> bool:
+    """Whether a `cond` may save the arrays inside it for its derivative.
+
+    JAX 0.10.0 fails if these have shardings in their types, as an f under explicit axes makes them.
+    """
+    return jax.__version_info__ >= (0, 10, 2) or jax.sharding.get_abstract_mesh().empty
+
+
 def at_top_level() -> bool:
     """Whether no transformation (`jit`, `grad`, `vmap`, ...) is under way."""
     here = core.get_opaque_trace_state()

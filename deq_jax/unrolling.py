@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from jax import lax
 
+from deq_jax import _compat
+
 PyTree = Any
 
 
@@ -21,8 +23,8 @@ def while_as_scans(
     Two levels of about √length trips, both checkpointed: backpropagation stores 2 √length carries
     and the insides of one trip, and computes every trip twice more.
     """
-    # JAX 0.10.0 fails on a `cond` that saves arrays of explicit sharding, as f under a mesh makes.
-    insides = jax.checkpoint(body, prevent_cse=False)
+    # Where a `cond` may not save what f makes, it saves only its input and computes f once more.
+    insides = body if _compat.cond_saves() else jax.checkpoint(body, prevent_cse=False)
 
     def trip(carry: PyTree, _: None) -> tuple[PyTree, None]:
         return lax.cond(proceed(carry), insides, lambda carry: carry, carry), None

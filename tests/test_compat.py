@@ -143,3 +143,23 @@ def test_the_trace_context_tells_settings_apart():
     seen = []
     jax.eval_shape(jax.vmap(lambda x: seen.append(_compat.trace_context()) or x, axis_name="i"), X)
     assert seen[0] != plain
+
+
+def test_a_cond_saves_what_an_explicit_f_makes():
+    def loss(w, x):
+        def branch(z):
+            run = jax.sharding.explicit_axes(
+                lambda z, w: jnp.sin(z * w), in_sharding=(P("data"), P())
+            )
+            return run(z, w)
+
+        if not _compat.cond_saves():
+            branch = jax.checkpoint(branch)
+        return lax.cond(x[0] > 0, branch, lambda z: z, x).sum()
+
+    x = jnp.arange(1.0, 5.0)
+    gradient = jax.grad(loss)
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        run = jax.sharding.auto_axes(gradient, out_sharding=P(), axes="data")
+        got = jax.jit(run)(jnp.asarray(0.5), x)
+    np.testing.assert_allclose(got, np.sum(x * np.cos(0.5 * x)), rtol=1e-6)
