@@ -129,14 +129,17 @@ class _Carry(NamedTuple):
     evaluations: jax.Array  # int32 []
     z: PyTree  # the point to evaluate next
     state: PyTree  # of the solver
-    active: jax.Array  # bool [B]
     best: PyTree
     best_residual: jax.Array  # [B]
     scale: jax.Array  # [B], power of two that keeps squares of z and f(z) in range
     iterations: jax.Array  # int32 [B]
-    status: jax.Array  # int32 [B]
+    status: jax.Array  # int32 [B]; MAX_ITER while a sample is at work
     trace: jax.Array | None  # [max_iter, B]
     samples: PyTree  # [number of samples + 1, B, ...], the last row is overwritten and never read
+
+    @property
+    def active(self) -> jax.Array:
+        return self.status == int(Status.MAX_ITER)
 
 
 def solve(
@@ -205,7 +208,6 @@ def solve(
             evaluations=count.sum(dtype=jnp.int32),
             z=z0,
             state=_checked_state(solver, solver.init(z0, shapes)),
-            active=needed,
             best=z0,
             best_residual=jnp.where(needed, zeros + jnp.inf, 0),
             scale=zeros + 1,
@@ -242,27 +244,26 @@ def solve(
         residual = absolute / guarded
         finite = jnp.isfinite(absolute) & jnp.isfinite(size)
 
-        # Who has arrived, who failed, and who has to go on although it had stopped.
+        # What that makes of an active sample, and of one that had arrived: it has to go on if its
+        # residual, measured again among the others, is too large now. (With parts, f treats
+        # samples apart, and their sizes differ in rounding: nobody is measured again.)
         tol, atol = (checks.in_dtype(o, residual.dtype) for o in (solver.tol, solver.atol))
         met = residual <= tol
         if not checks.is_exactly(solver.atol, 0):
             met |= (absolute <= atol * scale) & (atol > 0)
-        # With parts, f treats samples apart, and sizes differ in rounding: nobody wakes up.
-        resting = ~active & finite & (carry.status == int(Status.CONVERGED)) & (not parts)
+        resting = finite & (carry.status == int(Status.CONVERGED)) & (not parts)
         woken = resting & ~met
-        active |= woken
-        converged = active & finite & met
-        diverged = active & ~finite
-        still_active = active & ~converged & ~diverged
-        status = jnp.where(woken, int(Status.MAX_ITER), carry.status)
-        status = jnp.where(converged, int(Status.CONVERGED), status)
-        status = jnp.where(diverged, int(Status.DIVERGED), status)
+        status = jnp.where(met, int(Status.CONVERGED), int(Status.MAX_ITER))
+        status = jnp.where(finite, status, int(Status.DIVERGED))
+        status = jnp.where(active | resting, status, carry.status)
+        still_active = status == int(Status.MAX_ITER)
 
         # The best iterate. Where `atol` is met, an earlier iterate may have a lower relative
-        # residual. The residual of a resting sample is measured again among the others.
-        improved = converged | woken | (active & finite & (residual < carry.best_residual))
+        # residual.
+        better = met | (residual < carry.best_residual)
         if f.mixes:
-            improved |= active & finite & (carry.evaluations + 1 == solver.max_iter)
+            better |= carry.evaluations + 1 == solver.max_iter
+        improved = (active & finite & better) | woken
         best = tree.where(improved, z, carry.best)
 
         # The next point.
@@ -280,7 +281,7 @@ def solve(
 
         trace, samples = carry.trace, carry.samples
         if trace is not None:
-            row = jnp.where(active, residual, _unused())
+            row = jnp.where(active | woken, residual, _unused())
             trace = lax.dynamic_update_index_in_dim(trace, row, carry.evaluations, 0)
         if samples is not None:
             row = jnp.sum(rows <= carry.evaluations)  # overwritten until its evaluation has come
@@ -293,11 +294,10 @@ def solve(
             # Frozen samples rest at a finite point, so that no NaN goes round in f.
             z=tree.where(still_active, proposal, best),
             state=state,
-            active=still_active,
             best=best,
             best_residual=jnp.where(improved | resting, residual, carry.best_residual),
             scale=scale,
-            iterations=jnp.where(active, carry.evaluations + 1, carry.iterations),
+            iterations=jnp.where(active | woken, carry.evaluations + 1, carry.iterations),
             status=status,
             trace=trace,
             samples=samples,

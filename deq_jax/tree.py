@@ -128,6 +128,12 @@ def take(a: PyTree, index: jax.Array) -> PyTree:
     return jax.tree.map(leaf_take, a)
 
 
+def unknowns(a: PyTree) -> int:
+    """How many real numbers a sample is made of."""
+    leaves = jax.tree.leaves(a)
+    return sum(math.prod(leaf.shape[1:]) * (1 + jnp.iscomplexobj(leaf)) for leaf in leaves)
+
+
 def flatten_samples(a: PyTree) -> PyTree:
     """Each leaf `[B, ...]` as `[B, D]`."""
     return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1), a)

@@ -31,3 +31,16 @@ def standard_promotion():
     """JAX's default promotion: Flax's normalisations in float64 and Optax's Adam need it."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+MOST_MAPPINGS = 20_000
+"""Linux allows a process 65,530 memory mappings; each compiled function of the CPU takes several,
+and XLA ends the process with a segmentation fault when it gets no more."""
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Drops what JAX has compiled, after a module's last test, when it is a great deal."""
+    mappings = Path("/proc/self/maps")
+    if (nextitem is None or nextitem.path != item.path) and mappings.exists():
+        if mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+            jax.clear_caches()

@@ -29,13 +29,13 @@ _BLOW_UP = 1e3
 
 
 class AndersonState(NamedTuple):
-    """The window, a ring of `history` slots in any order.
+    """The window, a ring of n slots in any order.
 
     Attributes:
-        residuals: leaves `[B, history, D]`, `g_i = f(z_i) - z_i`.
-        targets: leaves `[B, history, D]`, `z_i + β g_i`.
-        gram: `[history, history, B]`, `⟨g_i, g_j⟩`, at least float32.
-        filled: `[history, B]`, the slot holds a pair of this sample's window.
+        residuals: leaves `[B, n, D]`, `g_i = f(z_i) - z_i`.
+        targets: leaves `[B, n, D]`, `z_i + β g_i`.
+        gram: `[n, n, B]`, `⟨g_i, g_j⟩`, at least float32.
+        filled: `[n, B]`, the slot holds a pair of this sample's window.
         lowest: `[B]`, lowest `‖g‖` so far.
         slot: int32, the slot to overwrite next.
     """
@@ -70,7 +70,8 @@ class Anderson:
     Memory: 2 m states.
 
     Attributes:
-        history: m, at least 1; 1 is the plain step `z + β g`.
+        history: m, at least 1; 1 is the plain step `z + β g`. A sample of D real numbers has a
+            window of at most D + 1 points: the differences of more are linearly dependent.
         mixing: β > 0; below 1 damped, above 1 overprojected.
         ridge: ρ >= 0, dimensionless; raised to the rounding level of the Gram matrix where it is
             smaller.
@@ -103,11 +104,12 @@ class Anderson:
         """An empty window."""
         zeros = tree.zeros_per_sample(z)
         flat = tree.flatten_samples(z)
-        row = jnp.stack([zeros] * self.history)
+        slots = min(self.history, tree.unknowns(z) + 1)
+        row = jnp.stack([zeros] * slots)
         return AndersonState(
-            residuals=columns.empty(flat, self.history),
-            targets=columns.empty(flat, self.history),
-            gram=jnp.stack([row] * self.history),
+            residuals=columns.empty(flat, slots),
+            targets=columns.empty(flat, slots),
+            gram=jnp.stack([row] * slots),
             filled=row > 0,
             lowest=zeros + jnp.inf,
             slot=zeros.sum().astype(jnp.int32),
@@ -133,7 +135,8 @@ class Anderson:
         # decides has no derivative: that of a root at zero would be infinite.
         size = lax.stop_gradient(row)
         size = jnp.sqrt(lax.dynamic_index_in_dim(size, state.slot, 0, keepdims=False))
-        newest = (jnp.arange(self.history, dtype=state.slot.dtype) == state.slot)[:, None]
+        slots = len(gram)
+        newest = (jnp.arange(slots, dtype=state.slot.dtype) == state.slot)[:, None]
         blown_up = size > _BLOW_UP * state.lowest
         filled = newest | (state.filled & ~blown_up[None])
 
@@ -152,7 +155,7 @@ class Anderson:
             gram=gram,
             filled=newest | (filled & solved[None]),
             lowest=jnp.minimum(state.lowest, size),
-            slot=(state.slot + 1) % self.history,
+            slot=(state.slot + 1) % slots,
         )
 
 
