@@ -135,9 +135,11 @@ class Solved:
 
     def __call__(self, system: Affine, report: bool) -> Solution:
         """See `Inverse`."""
-        unit = _unit(system)
+        largest = tree.largest(system.b)
+        unit = _unit(system, largest)
         system = system.scaled(unit)
-        b, size = system.b, tree.safe_norm(system.b)
+        b, scale = system.b, tree.unit_scale(unit * largest)
+        size = tree.norm(tree.scale(scale, b)) / scale
         solver, start = self.held.value, None
         if self.estimate is not None:
             start = tree.unpack(-self.estimate.apply(tree.pack(b)), b)
@@ -151,20 +153,22 @@ class Solved:
         # its residual vanish: no solution, whatever the residual says.
         stats = solution.stats
         most = size / jnp.sqrt(jnp.finfo(size.dtype).eps)
-        grown = (stats.status == int(Status.CONVERGED)) & (tree.safe_norm(solution.value) > most)
+        length = tree.norm(tree.scale(scale, solution.value))
+        grown = (stats.status == int(Status.CONVERGED)) & (length > most * scale)
         status = jnp.where(grown, int(Status.MAX_ITER), stats.status)
         value = tree.scale(1 / unit, solution.value)
         return Solution(value, stats._replace(status=status))
 
 
-def _unit(system: Affine) -> jax.Array:
+def _unit(system: Affine, largest: jax.Array) -> jax.Array:
     """A power of two that brings b to unit size in half precision, and from near underflow.
+
+    `largest`, `[B]`, is the magnitude of the largest entry of each sample of b.
 
     A small cotangent, a mean over batch and pixels, would underflow in float16. One factor serves
     the whole batch, on all devices: A may mix samples, and the system has one scale.
     """
-    size = tree.largest(system.b)
-    size = jnp.max(jnp.where(jnp.isfinite(size), size, 0))
+    size = jnp.max(jnp.where(jnp.isfinite(largest), largest, 0))
     if system.mesh_axes:
         size = lax.pmax(size, system.mesh_axes)
     _, exponent = jnp.frexp(jnp.where(size > 0, size, 1))

@@ -210,7 +210,7 @@ def solve(
             state=_checked_state(solver, solver.init(z0, shapes)),
             best=z0,
             best_residual=jnp.where(needed, zeros + jnp.inf, 0),
-            scale=zeros + 1,
+            scale=zeros + 1 if reference is None else zeros + tree.unit_scale(reference),
             iterations=count,
             status=jnp.where(needed, count + int(Status.MAX_ITER), count + int(Status.CONVERGED)),
             trace=jnp.broadcast_to((zeros + _unused())[None], (solver.max_iter, *zeros.shape))
@@ -234,9 +234,8 @@ def solve(
             fz = f(z) if differentiable else _evaluated_once(f, z, carry.proceed)
 
         # The residual ‖f(z) - z‖ / (ε + ‖f(z)‖), of both times a power of two.
-        scale = _scale(carry, z, fz)
-        scaled_z, scaled_fz = tree.scale(scale, z), tree.scale(scale, fz)
-        absolute, size = _norms(scaled_z, scaled_fz)
+        choose = (carry.evaluations == 0) & (reference is None)
+        scale, absolute, size = _measured(carry.scale, choose, z, fz)
         if reference is None:
             guarded = size + jnp.finfo(size.dtype).tiny
         else:  # against a reference of zero (a zero cotangent) nothing is left to divide by
@@ -267,7 +266,9 @@ def solve(
         best = tree.where(improved, z, carry.best)
 
         # The next point.
-        given = (scaled_z, scaled_fz) if getattr(solver, "scale_free", False) else (z, fz)
+        given = z, fz
+        if getattr(solver, "scale_free", False):
+            given = tree.scale(scale, z), tree.scale(scale, fz)
         extra = {}
         if linearizes:
             wanted = still_active & (carry.evaluations + 1 < solver.max_iter)
@@ -358,16 +359,28 @@ def _unused() -> float:
     return jnp.inf if jax.debug_nans.value else jnp.nan
 
 
-def _scale(carry: _Carry, z: PyTree, fz: PyTree) -> jax.Array:
-    """The power of two of each sample, `[B]`, from its first evaluation."""
-    z, fz = lax.stop_gradient((z, fz))
-    axes = tree.varying_axes(carry.scale)
+def _measured(
+    scale: jax.Array, choose: jax.Array, z: PyTree, fz: PyTree
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The scale of each sample, `[B]`, and `‖f(z) - z‖` and `‖f(z)‖` times it.
 
-    def first(z: PyTree, fz: PyTree) -> jax.Array:
+    Where `choose` holds the scale is chosen anew. Without derivatives: a norm of zero would have
+    an infinite one.
+    """
+    scale, z, fz = lax.stop_gradient((scale, z, fz))
+    axes = tree.varying_axes((scale, z, fz))
+
+    def plain(scale: jax.Array, z: PyTree, fz: PyTree) -> tuple[jax.Array, ...]:
+        return scale, tree.norm(tree.subtract(fz, z)), tree.norm(fz)
+
+    def scaled(scale: jax.Array, z: PyTree, fz: PyTree) -> tuple[jax.Array, ...]:
         # JAX 0.12 takes the exponents of `frexp` for the same on all devices of a shard_map.
-        return tree.vary_over(tree.unit_scale(z, fz), axes)
+        chosen = tree.vary_over(tree.unit_scale(z, fz), axes)
+        scale = jnp.where(choose, chosen, scale)
+        return plain(scale, tree.scale(scale, z), tree.scale(scale, fz))
 
-    return lax.cond(carry.evaluations == 0, first, lambda z, fz: carry.scale, z, fz)
+    scale = tree.vary_over(scale, axes)
+    return lax.cond(choose | jnp.any(scale != 1), scaled, plain, scale, z, fz)
 
 
 def _evaluated_once(f: Callable[[PyTree], PyTree], z: PyTree, proceed: jax.Array) -> PyTree:
@@ -379,9 +392,3 @@ def _evaluated_once(f: Callable[[PyTree], PyTree], z: PyTree, proceed: jax.Array
     """
     proceed = lax.platform_dependent(proceed, cpu=lambda p: p, default=jnp.ones_like)
     return lax.cond(proceed, lambda z: f(z), lambda z: z, z)
-
-
-def _norms(z: PyTree, fz: PyTree) -> tuple[jax.Array, jax.Array]:
-    """`‖f(z) - z‖` and `‖f(z)‖`, without derivatives: a root at zero would have an infinite one."""
-    z, fz = lax.stop_gradient((z, fz))
-    return tree.norm(tree.subtract(fz, z)), tree.norm(fz)
