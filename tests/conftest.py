@@ -41,6 +41,6 @@ and XLA ends the process with a segmentation fault when it gets no more."""
 def pytest_runtest_teardown(item, nextitem):
     """Drops what JAX has compiled, after a module's last test, when it is a great deal."""
     mappings = Path("/proc/self/maps")
-    if (nextitem is None or nextitem.path != item.path) and mappings.exists():
-        if mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
-            jax.clear_caches()
+    last = nextitem is None or nextitem.path != item.path
+    if last and mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
