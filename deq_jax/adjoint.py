@@ -161,20 +161,20 @@ class Solved:
 
 
 def _unit(system: Affine, largest: jax.Array) -> jax.Array:
-    """A power of two that brings b to unit size in half precision, and from near underflow.
+    """A power of two that brings a small b to unit size; in half precision a large one too.
 
     `largest`, `[B]`, is the magnitude of the largest entry of each sample of b.
 
-    A small cotangent, a mean over batch and pixels, would underflow in float16. One factor serves
-    the whole batch, on all devices: A may mix samples, and the system has one scale.
+    A small cotangent, a mean over batch and pixels, would underflow in float16, and a solver with
+    absolute bounds would take it for solved. One factor serves the whole batch, on all devices: A
+    may mix samples, and the system has one scale.
     """
     size = jnp.max(jnp.where(jnp.isfinite(largest), largest, 0))
     if system.mesh_axes:
         size = lax.pmax(size, system.mesh_axes)
     _, exponent = jnp.frexp(jnp.where(size > 0, size, 1))
     if all(jnp.finfo(leaf.dtype).bits >= 32 for leaf in jax.tree.leaves(system.b)):
-        ordinary = tree.is_ordinary(exponent, size.dtype) | (exponent > 0)
-        exponent = jnp.where(ordinary, 0, exponent)
+        exponent = jnp.minimum(exponent, 0)
     return tree.power_of_two(-exponent, size.dtype)
 
 

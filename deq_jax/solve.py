@@ -370,17 +370,18 @@ def _measured(
     scale, z, fz = lax.stop_gradient((scale, z, fz))
     axes = tree.varying_axes((scale, z, fz))
 
-    def plain(scale: jax.Array, z: PyTree, fz: PyTree) -> tuple[jax.Array, ...]:
-        return scale, tree.norm(tree.subtract(fz, z)), tree.norm(fz)
+    def norms(z: PyTree, fz: PyTree) -> tuple[jax.Array, jax.Array]:
+        return tree.norm(tree.subtract(fz, z)), tree.norm(fz)
 
-    def scaled(scale: jax.Array, z: PyTree, fz: PyTree) -> tuple[jax.Array, ...]:
+    def scaled(scale: jax.Array, *_: jax.Array) -> tuple[jax.Array, ...]:
         # JAX 0.12 takes the exponents of `frexp` for the same on all devices of a shard_map.
         chosen = tree.vary_over(tree.unit_scale(z, fz), axes)
         scale = jnp.where(choose, chosen, scale)
-        return plain(scale, tree.scale(scale, z), tree.scale(scale, fz))
+        return scale, *norms(tree.scale(scale, z), tree.scale(scale, fz))
 
-    scale = tree.vary_over(scale, axes)
-    return lax.cond(choose | jnp.any(scale != 1), scaled, plain, scale, z, fz)
+    plain = tree.vary_over(scale, axes), *norms(z, fz)
+    unusual = choose & ~jnp.all(tree.is_ordinary(jnp.maximum(*plain[1:])))
+    return lax.cond(unusual | jnp.any(scale != 1), scaled, lambda *plain: plain, *plain)
 
 
 def _evaluated_once(f: Callable[[PyTree], PyTree], z: PyTree, proceed: jax.Array) -> PyTree:

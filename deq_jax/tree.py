@@ -213,14 +213,14 @@ def unit_scale(*trees: PyTree) -> jax.Array:
     usable = jnp.isfinite(largest_entry) & (largest_entry > 0)
     _, exponent = jnp.frexp(jnp.where(usable, largest_entry, 1))
     shift = jnp.where(exponent > 0, -exponent, -exponent * 5 // 8)
-    shift = jnp.where(is_ordinary(exponent, largest_entry.dtype), 0, shift)
+    shift = jnp.where(is_ordinary(largest_entry), 0, shift)
     return power_of_two(shift, largest_entry.dtype)
 
 
-def is_ordinary(exponent: jax.Array, dtype: Any) -> jax.Array:
-    """Whether numbers of about `2 ** exponent` can be squared without a thought."""
-    most = jnp.finfo(dtype).maxexp
-    return (exponent >= -most // 4) & (exponent <= most // 3)
+def is_ordinary(size: jax.Array) -> jax.Array:
+    """Whether numbers of this size can be squared without a thought; False for NaN."""
+    most = jnp.finfo(size.dtype).maxexp
+    return (size >= 2.0 ** (-most // 4)) & (size <= 2.0 ** (most // 3))
 
 
 def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:

@@ -34,14 +34,15 @@ class AbsoluteRidgeAnderson(Anderson):
         row = columns.inner_products(residuals, g).T
         gram = lax.dynamic_update_index_in_dim(state.gram, row, state.slot, 0)
         gram = lax.dynamic_update_index_in_dim(gram, row, state.slot, 1)
-        newest = jnp.arange(self.history, dtype=jnp.int32) == state.slot
+        slots = len(gram)
+        newest = jnp.arange(slots, dtype=jnp.int32) == state.slot
         filled = state.filled | newest[:, None]
 
-        identity = jnp.eye(self.history, dtype=gram.dtype)[:, :, None]
+        identity = jnp.eye(slots, dtype=gram.dtype)[:, :, None]
         both = filled[:, None] & filled[None]
         matrix = jnp.where(both, gram + self.ridge * identity, identity).transpose(2, 0, 1)
         w = jnp.linalg.solve(matrix, filled.T.astype(gram.dtype)[..., None])[..., 0]
         proposal = columns.combine(w / w.sum(1, keepdims=True), targets)
         proposal = jax.tree.map(lambda p, z: p.reshape(z.shape), proposal, z)
-        slot = (state.slot + 1) % self.history
+        slot = (state.slot + 1) % slots
         return proposal, AndersonState(residuals, targets, gram, filled, state.lowest, slot)
