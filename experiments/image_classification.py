@@ -1,13 +1,15 @@
-"""Trains a deep equilibrium network, or one of its controls, on digits, MNIST or CIFAR-10.
+"""Trains a deep equilibrium network, or a control of it, on digits, MNIST, CIFAR-10 or own images.
 
     python -m experiments.image_classification --help
     python -m experiments.image_classification
     python -m experiments.image_classification --preset cifar10 --data-dir DIR
+    python -m experiments.image_classification --data FOLDER --image-size 32
 
 Leaves in the run's folder: `config.json`, `metrics.jsonl` (a line an epoch), `checkpoints/`,
 `curves.png`, `residuals.png`, and when it is finished `result.json`.
 """
 
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -30,14 +32,15 @@ _TRACED_IMAGES = 64
 def run(config: Config) -> int:
     """Trains, or goes on with training, until the end or a signal; see `Script.run`."""
     script = Script("image_classification", load, _describe, _traced, _summary)
-    return script.run(config, config.preset)
+    return script.run(config, pathlib.Path(config.dataset).name)
 
 
 def load(config: Config, directory: RunDirectory) -> Experiment:
     """The images and all that is trained on them."""
     dataset = load_dataset(
-        config.preset,
+        config.dataset,
         data_dir=config.data_dir,
+        image_size=config.image_size,
         train_examples=config.train_examples,
         eval_examples=config.eval_examples,
         validation_fraction=config.validation_fraction,

@@ -130,8 +130,9 @@ def outcome(study: str, weight: float, seed: int, config: Config) -> Outcome:
 def evaluate(training: Training) -> Outcome:
     """Looks at a finished run."""
     dataset = load_dataset(
-        training.preset,
+        training.dataset,
         data_dir=training.data_dir,
+        image_size=training.image_size,
         train_examples=training.train_examples,
         eval_examples=training.eval_examples,
         validation_fraction=training.validation_fraction,

@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+import pathlib
 import zlib
 from typing import Literal
 
 import numpy as np
 
 from experiments.common.errors import UsageError
-from experiments.common.sources import Digits, Images, PreparedFolder
+from experiments.common.sources import Images, open_source
 from experiments.common.splits import fixed_split, seeded_subset
 
 DatasetName = Literal["digits", "mnist", "cifar10"]
@@ -50,9 +51,10 @@ class ImageDataset:
 
 
 def load_dataset(
-    name: DatasetName,
+    name: str,
     *,
     data_dir: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,
     train_examples: int | None = None,
     eval_examples: int | None = None,
     validation_fraction: float = 0.0,
@@ -62,8 +64,9 @@ def load_dataset(
     """Reads a data set.
 
     Args:
-        name: `digits`, `mnist` or `cifar10`.
+        name: `digits`, the name of a prepared data set, or a folder of images by class.
         data_dir: folder of prepared data sets, see `sources.default_data_dir`; `digits` needs none.
+        image_size: side to which the images of a folder are resized.
         train_examples: train on a stratified subset of this size, drawn by `seed`; None for all.
         eval_examples: report on a stratified subset of this size, the same one in every run; None
             for all, or with `train_examples` for at most as many.
@@ -77,7 +80,7 @@ def load_dataset(
             command that prepares it.
         UsageError: `train_examples` or `eval_examples` exceeds what there is.
     """
-    source = Digits() if name == "digits" else PreparedFolder(name, data_dir, progress)
+    source = open_source(name, data_dir, image_size, progress)
     labels = source.labels("train")
     train = np.arange(len(labels))
     validation = None
@@ -104,7 +107,7 @@ def load_dataset(
     if eval_examples is not None and eval_examples < len(reported):
         reported = reported[fixed_split(held_out_labels[reported], eval_examples)[0]]
     return ImageDataset(
-        name=name,
+        name=pathlib.Path(name).name,
         train=source.read("train", train),
         evaluation=source.read(split, reported),
         evaluation_name="test" if validation is None else "validation",

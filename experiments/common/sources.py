@@ -1,22 +1,25 @@
-"""Where images come from: what scikit-learn carries, and folders prepared by TensorFlow Datasets.
+"""Where images come from: scikit-learn, folders prepared by TensorFlow Datasets, folders of images.
 
 `digits` is 1,797 real handwritten digits of 8x8 pixels. `mnist` and `cifar10` are folders in the
-array_record format, which are read without TensorFlow.
+array_record format, which are read without TensorFlow. A folder of one's own holds a folder of
+image files for each class.
 """
 
 import dataclasses
 import io
 import os
+import pathlib
 from typing import Any
 
 import numpy as np
 import tqdm
 
+from experiments.common.errors import DatasetNotFoundError, UsageError
 from experiments.common.prepared import default_data_dir as default_data_dir
 from experiments.common.prepared import open_prepared
 from experiments.common.splits import fixed_split
 
-DIGITS_TEST_FRACTION = 0.2
+TEST_FRACTION = 0.2
 
 _READ_AT_ONCE = 1000
 
@@ -54,7 +57,7 @@ class Digits:
         everything = Images(
             digits.images.astype(np.uint8)[..., np.newaxis], digits.target.astype(np.int32)
         )
-        count = round(DIGITS_TEST_FRACTION * len(everything))
+        count = round(TEST_FRACTION * len(everything))
         test, train = fixed_split(everything.labels, count)
         self._splits = {"train": everything.take(train), "test": everything.take(test)}
 
@@ -116,6 +119,164 @@ class PreparedFolder:
                 )
             ]
         return self._records[split]
+
+
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
+_TEST_FOLDERS = ("test", "val", "validation")
+
+
+class ImageFolder:
+    """A folder of images: `<class>/<image>.png`, or `train/<class>/...` and `test/<class>/...`.
+
+    Classes are numbered in the order of their names. Without a folder `test` (or `val`), a
+    stratified fifth of the images, the same in every run, is the test split. Images are grey if
+    all files are, otherwise they have three colours. They are decoded when they are asked for.
+
+    Args:
+        folder: the folder.
+        image_size: side to which images are resized; None demands that all have one size.
+        progress: show a progress bar while images are decoded.
+
+    Raises:
+        DatasetNotFoundError: there are no images, fewer than two classes, or other classes in the
+            test folder than in the training folder.
+    """
+
+    white = 255
+
+    def __init__(self, folder: pathlib.Path, image_size: int | None, progress: bool) -> None:
+        self._folder, self._size, self._progress = folder, image_size, progress
+        held_out = [folder / name for name in _TEST_FOLDERS if (folder / name).is_dir()]
+        if (folder / "train").is_dir() and held_out:
+            classes, files, labels = _list_images(folder / "train")
+            test_classes, test_files, test_labels = _list_images(held_out[0])
+            if test_classes != classes:
+                raise DatasetNotFoundError(
+                    f"{held_out[0]} has the classes {', '.join(test_classes)}, but "
+                    f"{folder / 'train'} has {', '.join(classes)}"
+                )
+            self._splits = {"train": (files, labels), "test": (test_files, test_labels)}
+        else:
+            classes, files, labels = _list_images(folder)
+            test, train = fixed_split(labels, max(1, round(TEST_FRACTION * len(labels))))
+            self._splits = {
+                name: ([files[i] for i in chosen], labels[chosen])
+                for name, chosen in (("train", train), ("test", test))
+            }
+        self.classes, self.num_classes = classes, len(classes)
+        self._grey = all(_is_grey(file) for files, _ in self._splits.values() for file in files)
+
+    def labels(self, split: str) -> np.ndarray:
+        """Labels of all examples of a split, `[N]` int32."""
+        return self._splits[split][1]
+
+    def read(self, split: str, indices: np.ndarray | None) -> Images:
+        """The examples at `indices` of a split, all of them for None.
+
+        Raises:
+            UsageError: images differ in size, and no `image_size` was given; names two of them.
+            DatasetNotFoundError: a file cannot be decoded; names it.
+        """
+        files, labels = self._splits[split]
+        indices = np.arange(len(files)) if indices is None else indices
+        bar = tqdm.tqdm(
+            [files[i] for i in indices],
+            desc=f"decoding {self._folder.name} {split}",
+            unit=" images",
+            leave=False,
+            disable=not self._progress,
+        )
+        images: list[np.ndarray] = []
+        for file in bar:
+            image = self._read_file(file)
+            if images and image.shape != images[0].shape:
+                raise UsageError(
+                    f"images differ in size: {files[indices[0]]} is {_sides(images[0])}, {file} is "
+                    f"{_sides(image)}; name the side to resize them to with --image-size"
+                )
+            images.append(image)
+        return Images(np.stack(images), labels[indices])
+
+    def _read_file(self, file: pathlib.Path) -> np.ndarray:
+        from PIL import Image
+
+        try:
+            with Image.open(file) as image:
+                image = image.convert("L" if self._grey else "RGB")
+                if self._size is not None:
+                    image = image.resize((self._size, self._size), Image.Resampling.BILINEAR)
+                pixels = np.asarray(image)
+        except OSError as error:
+            raise DatasetNotFoundError(f"cannot decode {file}: {error}") from error
+        return pixels[..., np.newaxis] if self._grey else pixels
+
+
+def _sides(image: np.ndarray) -> str:
+    return f"{image.shape[0]}x{image.shape[1]}"
+
+
+def _is_grey(file: pathlib.Path) -> bool:
+    """Whether a file says that it has no colours; reads its head only."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return image.mode in ("1", "L", "LA", "I;16")
+    except OSError as error:
+        raise DatasetNotFoundError(f"cannot decode {file}: {error}") from error
+
+
+def _list_images(folder: pathlib.Path) -> tuple[list[str], list[pathlib.Path], np.ndarray]:
+    """The names of the classes, the files of all images and their labels `[N]` int32."""
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    files: list[pathlib.Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in _SUFFIXES)
+        if not found:
+            raise DatasetNotFoundError(f"there are no images in {folder / name}")
+        files += found
+        labels += [label] * len(found)
+    if len(classes) < 2:
+        raise DatasetNotFoundError(
+            f"{folder} must hold a folder of images for each of at least two classes, it holds "
+            f"the folders: {', '.join(classes) or 'none'}"
+        )
+    return classes, files, np.array(labels, np.int32)
+
+
+def open_source(
+    name: str,
+    data_dir: str | os.PathLike[str] | None,
+    image_size: int | None,
+    progress: bool,
+) -> Digits | PreparedFolder | ImageFolder:
+    """The source of a name: `digits`, a folder of images by class, or a prepared data set.
+
+    Args:
+        name: `digits`, the path of a folder, or the name of a data set in `data_dir`.
+        data_dir: folder of prepared data sets, see `default_data_dir`.
+        image_size: see `ImageFolder`.
+        progress: show a progress bar while images are decoded.
+
+    Raises:
+        DatasetNotFoundError: there is no such data.
+        UsageError: `image_size` is given for images that have a size already.
+    """
+    folder = pathlib.Path(name).expanduser()
+    own = folder.is_dir() and name != "digits"
+    prepared = own and any(folder.glob("*/dataset_info.json"))
+    if own and not prepared:
+        return ImageFolder(folder, image_size, progress)
+    if image_size is not None:
+        raise UsageError(f"--image-size resizes a folder of images, but {name} is a data set")
+    if name == "digits":
+        return Digits()
+    if not own and len(folder.parts) > 1:
+        raise DatasetNotFoundError(f"there is no folder {folder}")
+    if own:  # `<data_dir>/<name>`, as TensorFlow Datasets lays it out
+        data_dir, name = folder.resolve().parent, folder.resolve().name
+    return PreparedFolder(name, data_dir, progress)
 
 
 def _decode(encoded: bytes) -> np.ndarray:

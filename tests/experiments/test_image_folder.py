@@ -1,0 +1,102 @@
+"""Folders of one's own images, read and trained on."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import image_classification
+from experiments.common.data import load_dataset
+from experiments.common.errors import DatasetNotFoundError, UsageError
+from tests.experiments.conftest import TINY
+
+CLASSES = ("apple", "bread", "cup", "door", "egg")
+
+
+def make(folder, counts=(10, 5, 15, 10, 10), size=(12, 12), mode="RGB", suffix="png"):
+    """A folder of images whose first pixel is 51 times the number of the class."""
+    for label, (name, count) in enumerate(zip(CLASSES, counts, strict=True)):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = np.full((*size, 3), 51 * label, np.uint8)
+            pixels[-1, -1] = number  # no two are equal
+            image = Image.fromarray(pixels).convert(mode)
+            image.save(folder / name / f"{number:02d}.{suffix}")
+    (folder / "notes.txt").write_text("not an image", encoding="utf-8")
+    return folder
+
+
+def test_a_stratified_fifth_is_the_test_split(tmp_path):
+    dataset = load_dataset(str(make(tmp_path / "food")))
+    assert dataset.name == "food"
+    assert dataset.num_classes == 5
+    assert dataset.image_shape == (12, 12, 3)
+    assert np.bincount(dataset.evaluation.labels).tolist() == [2, 1, 3, 2, 2]
+    assert np.bincount(dataset.train.labels).tolist() == [8, 4, 12, 8, 8]
+    for examples in (dataset.train, dataset.evaluation):
+        np.testing.assert_array_equal(examples.images[:, 0, 0, 0], 51 * examples.labels)
+    # All images, each once.
+    seen = {i.tobytes() for e in (dataset.train, dataset.evaluation) for i in e.images}
+    assert len(seen) == 50
+    again = load_dataset(str(tmp_path / "food"), seed=1)
+    assert again.checksum() == dataset.checksum()
+
+
+def test_train_and_test_folders_are_kept_apart(tmp_path):
+    make(tmp_path / "train")
+    make(tmp_path / "val", counts=(1, 2, 3, 1, 1))
+    dataset = load_dataset(str(tmp_path))
+    assert (len(dataset.train), len(dataset.evaluation)) == (50, 8)
+    assert np.bincount(dataset.evaluation.labels).tolist() == [1, 2, 3, 1, 1]
+    (tmp_path / "val" / "cup").rename(tmp_path / "val" / "mug")
+    with pytest.raises(DatasetNotFoundError, match="mug"):
+        load_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 3), ("P", 3)])
+def test_colours(tmp_path, mode, channels):
+    dataset = load_dataset(str(make(tmp_path, mode=mode)))
+    assert dataset.image_shape == (12, 12, channels)
+    np.testing.assert_array_equal(dataset.train.images[:, 0, 0, 0], 51 * dataset.train.labels)
+
+
+def test_sizes_that_differ(tmp_path):
+    make(tmp_path)
+    Image.new("RGB", (20, 9)).save(tmp_path / "cup" / "wide.png")
+    with pytest.raises(UsageError, match=r"9x20.*--image-size|--image-size.*9x20"):
+        load_dataset(str(tmp_path))
+    dataset = load_dataset(str(tmp_path), image_size=16)
+    assert dataset.image_shape == (16, 16, 3)
+    # Resizing an image of one colour leaves its colour.
+    others = dataset.train.images[(dataset.train.images[:, 0, 0, 0] > 0)]
+    assert set(others[:, 0, 0, 0].tolist()) <= {51, 102, 153, 204}
+
+
+def test_what_is_wrong_is_named(tmp_path):
+    with pytest.raises(DatasetNotFoundError, match="no folder"):
+        load_dataset(str(tmp_path / "absent"))
+    with pytest.raises(DatasetNotFoundError, match="at least two classes"):
+        load_dataset(str(tmp_path))
+    with pytest.raises(UsageError, match="--image-size"):
+        load_dataset("digits", image_size=16)
+    make(tmp_path)
+    (tmp_path / "bread" / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(DatasetNotFoundError, match=r"broken\.png"):
+        load_dataset(str(tmp_path))
+    (tmp_path / "bread" / "broken.png").unlink()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetNotFoundError, match=r"no images in .*empty"):
+        load_dataset(str(tmp_path))
+
+
+def test_the_script_trains_on_a_folder(tmp_path, capsys):
+    folder = make(tmp_path / "food", size=(10, 14), suffix="jpg")
+    flags = [f"--data={folder}", "--image-size=8", "--batch-size=20", "--epochs=8"]
+    flags += ["--train-examples=40", "--eval-examples=10", "--learning-rate=0.01"]
+    code = image_classification.main([*TINY, *flags, f"--run-dir={tmp_path / 'run'}"])
+    output = capsys.readouterr()
+    assert code == 0, output.err
+    assert "food, 40 training and 10 test images of 8x8x3, 5 classes" in output.out
+    result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+    assert result["test_accuracy"] > 0.4  # chance is 0.2
