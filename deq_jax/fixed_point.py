@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,17 @@ PyTree = Any
 State = TypeVar("State")
 
 
+class _Options(TypedDict, total=False):
+    """Arguments of `deq_fixed_point` on which the type of what it returns does not depend."""
+
+    solver: Solver
+    gradient: GradientPolicy
+    batched: bool
+    backward_probe: BackwardProbe | None
+    sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None
+    execution: Execution
+
+
 @overload
 def deq_fixed_point(
     f: Callable[[Any, State, Any], State],
@@ -39,14 +50,9 @@ def deq_fixed_point(
     x: Any,
     z0: Any = None,
     *,
-    solver: Solver = ...,
-    gradient: GradientPolicy = ...,
-    batched: bool = True,
     return_stats: Literal[False] = False,
-    backward_probe: BackwardProbe | None = None,
     sample_at: tuple[()] = (),
-    sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
-    execution: Execution = ...,
+    **options: Unpack[_Options],
 ) -> State: ...
 
 
@@ -57,14 +63,9 @@ def deq_fixed_point(
     x: Any,
     z0: Any = None,
     *,
-    solver: Solver = ...,
-    gradient: GradientPolicy = ...,
-    batched: bool = True,
     return_stats: Literal[True],
-    backward_probe: BackwardProbe | None = None,
     sample_at: tuple[()] = (),
-    sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
-    execution: Execution = ...,
+    **options: Unpack[_Options],
 ) -> tuple[State, SolveStats]: ...
 
 
@@ -75,14 +76,9 @@ def deq_fixed_point(
     x: Any,
     z0: Any = None,
     *,
-    solver: Solver = ...,
-    gradient: GradientPolicy = ...,
-    batched: bool = True,
     return_stats: Literal[False] = False,
-    backward_probe: BackwardProbe | None = None,
     sample_at: tuple[int, *tuple[int, ...]],
-    sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
-    execution: Execution = ...,
+    **options: Unpack[_Options],
 ) -> tuple[State, tuple[State, ...]]: ...
 
 
@@ -93,14 +89,9 @@ def deq_fixed_point(
     x: Any,
     z0: Any = None,
     *,
-    solver: Solver = ...,
-    gradient: GradientPolicy = ...,
-    batched: bool = True,
     return_stats: Literal[True],
-    backward_probe: BackwardProbe | None = None,
     sample_at: tuple[int, *tuple[int, ...]],
-    sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
-    execution: Execution = ...,
+    **options: Unpack[_Options],
 ) -> tuple[State, SolveStats, tuple[State, ...]]: ...
 
 
@@ -111,14 +102,9 @@ def deq_fixed_point(
     x: Any,
     z0: Any = None,
     *,
-    solver: Solver = ...,
-    gradient: GradientPolicy = ...,
-    batched: bool = True,
     return_stats: bool = False,
-    backward_probe: BackwardProbe | None = None,
     sample_at: tuple[int, ...] = (),
-    sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
-    execution: Execution = ...,
+    **options: Unpack[_Options],
 ) -> Any: ...
 
 
