@@ -239,3 +239,24 @@ def test_the_adjoint_at_any_scale_of_the_cotangent(solver, dtype):
         np.testing.assert_array_equal(stats.status, Status.CONVERGED, f"2^{power}")
         np.testing.assert_array_equal(stats.iterations, one.stats.iterations, f"2^{power}")
         np.testing.assert_allclose(np.asarray(u, np.float64) / s, 10 * y, rtol=30 * TOL[dtype])
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1.0])
+def test_a_small_cotangent_is_not_solved_by_an_absolute_bound(size):
+    """Gradients are proportional to cotangents, so the backward solve sees them at unit size."""
+    matrix = jnp.asarray(0.9 * np.eye(4) + 0.02 * MATRIX, jnp.float32)
+    solver = Picard(tol=0.0, atol=1e-3, max_iter=400)
+
+    def loss(x):
+        z = deq_fixed_point(
+            lambda w, z, x: z @ w.T + x,
+            matrix,
+            x,
+            solver=Picard(tol=1e-6, max_iter=400),
+            gradient=Implicit(solver=solver),
+        )
+        return (size * z).sum()
+
+    got = jax.grad(loss)(jnp.asarray(X, jnp.float32)) / size
+    expected = np.linalg.solve(np.eye(4) - np.asarray(matrix, np.float64).T, np.ones(4))
+    np.testing.assert_allclose(got, np.broadcast_to(expected, got.shape), rtol=5e-3)

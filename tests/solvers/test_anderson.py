@@ -288,3 +288,23 @@ def test_a_proposal_that_hardly_moves_gives_way_to_the_plain_step(mixing):
     proposal, after = solver.step(z, z + g, state)
     np.testing.assert_allclose(proposal, z + mixing * g, rtol=1e-6)
     assert after.filled.all()
+
+
+@pytest.mark.parametrize(("dtype", "window"), [(jnp.float32, 2), (jnp.complex64, 3)])
+def test_a_sample_of_one_number_has_no_more_points_than_it_can_tell_apart(dtype, window):
+    """Two secants of one unknown are dependent: a longer history is that of `window` points."""
+    x = jnp.linspace(-2, 2, 9).astype(dtype)[:, None]
+    state = Anderson(history=5).init(x, x)
+    assert state.gram.shape == (window, window, 9)
+    solve = lambda history: solve_fixed_point(  # noqa: E731
+        lambda gain, z, x: x + gain * jnp.sin(z),
+        jnp.asarray(0.8, dtype),
+        x,
+        solver=Anderson(history=history, tol=1e-5),
+    )
+    (z, stats), (expected, others) = solve(5), solve(window)
+    np.testing.assert_array_equal(z, expected)
+    np.testing.assert_array_equal(stats.iterations, others.iterations)
+    assert stats.converged.all()
+    # The secant method is of order 1.6; five points mixed by a ridge took more.
+    assert stats.iterations.max() <= 9
