@@ -40,17 +40,18 @@ def read_folder(folder):
 
 
 class Network(nnx.Module):
-    """Convolution, equilibrium of a residual cell, mean over space, linear layer."""
+    """Convolution, equilibrium of a residual cell, average pool, linear layer."""
 
     def __init__(self, classes, channels=16, *, rngs):
         self.stem = nnx.Conv(3, channels, (3, 3), strides=2, rngs=rngs)
         cell = ResNetCell(channels, 2 * channels, rngs=rngs)
         self.equilibrium = DEQ(cell, solver=Anderson(tol=1e-3, max_iter=25))
-        self.head = nnx.Linear(channels, classes, rngs=rngs)
+        self.head = nnx.Linear((SIZE // 8) ** 2 * channels, classes, rngs=rngs)
 
     def __call__(self, images):
         z, stats = self.equilibrium(self.stem(images), return_stats=True)
-        return self.head(z.mean((1, 2))), stats
+        pooled = nnx.avg_pool(z, (4, 4), strides=(4, 4))
+        return self.head(pooled.reshape(len(images), -1)), stats
 
 
 @nnx.jit
