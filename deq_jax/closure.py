@@ -36,8 +36,8 @@ class Closure:
     """A function of the state, with the arrays it uses as leaves.
 
     Attributes:
-        arrays: what it closes over.
-        program: what it does with them.
+        arrays: the arrays that the function closes over.
+        program: the operations of the function, without the arrays.
         key_impls: for each array that holds random keys their implementation, else None.
         parts: the same function for fewer samples, sizes decreasing. They too hold the arrays of
             all samples, until `at` picks those of some.
@@ -225,7 +225,7 @@ def close(
     sizes: Sequence[int] = (),
     value_only: bool = False,
 ) -> Closure:
-    """Traces `z -> f(params, z, x)` and checks that it returns what it was given.
+    """Traces `z -> f(params, z, x)` and checks that f returns the form of z.
 
     With `batched=False` the closure takes and returns z with a batch axis of length 1, so that
     everything behind it has only one case.
@@ -236,7 +236,7 @@ def close(
         x: its input.
         z: the state, leaves `[B, ...]` (`[...]` with `batched=False`).
         batched: axis 0 is the batch.
-        cell_dtype: give f the floating leaves of z in this dtype, and cast what it returns back.
+        cell_dtype: give f the floating leaves of z in this dtype, and cast the value of f back.
             The caller casts params and x.
         sizes: also trace f for these numbers of samples, as `Closure.parts`.
         value_only: see `Program`.

@@ -15,8 +15,8 @@ class Execution:
             half of the batch is unfinished, the loop goes on with these alone, and so on down to
             this many. The cost follows the mean number of evaluations instead of the largest
             (`stats.evaluations` is the largest still); answers are the same up to the rounding of
-            products of another size. With None, finished
-            samples never leave. A batch that is already this small runs unchanged.
+            products of another size. With None, finished samples never leave. A batch that is
+            already this small runs unchanged.
 
             For an f that treats samples independently, with all that belongs to a sample in z or
             x: every leaf of x has the batch on axis 0 and is gathered; `params` and closures are

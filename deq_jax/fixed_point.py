@@ -33,7 +33,7 @@ State = TypeVar("State")
 
 
 class _Options(TypedDict, total=False):
-    """Arguments of `deq_fixed_point` on which the type of what it returns does not depend."""
+    """The keyword arguments of `deq_fixed_point` that do not change its return type."""
 
     solver: Solver
     gradient: GradientPolicy

@@ -13,7 +13,7 @@ def check_floating(owner: object, name: str) -> np.dtype:
     """The field `name` of `owner` as a dtype.
 
     Raises:
-        TypeError: it is no real floating dtype; the message names the field and what it holds.
+        TypeError: the field holds no real floating dtype; the message names field and value.
     """
     value = getattr(owner, name)
     label = f"{type(owner).__name__}.{name}"

@@ -90,7 +90,7 @@ def batch_axes(begin: Callable[..., PyTree], arguments: PyTree, size: int) -> li
 
     Args:
         begin: a function of pytrees whose leaves have the batch on axis 0.
-        arguments: what it is given.
+        arguments: the arguments of `begin`, for the whole batch.
         size: fewer samples than there are.
 
     Raises:

@@ -4,7 +4,8 @@ Every leaf carries the batch on axis 0, `[B, ...]`; a sample is one vector made 
 all their other axes. Results that belong to a sample have shape `[B]`. Sums are accumulated in
 float32, or in the leaf's own precision where that is wider.
 
-For whole-tree arithmetic without a batch use `optax.tree`; what stands here is what it lacks.
+For whole-tree arithmetic without a batch use `optax.tree`; this file has the functions that
+`optax.tree` lacks.
 """
 
 import functools

@@ -81,7 +81,13 @@ class PreparedFolder:
         self._progress = progress
         self._builder = open_prepared(name, data_dir, {"train", "test"})
         self._records: dict[str, list[Any]] = {}
-        self.num_classes = int(self._builder.info.features["label"].num_classes)
+        features = self._builder.info.features
+        if not {"image", "label"} <= set(features) or None in features["image"].shape:
+            raise UsageError(
+                f"{name} cannot be read as images of one size with a class each: its features are "
+                f"{dict(features)}; a folder of image files by class can be, with --image-size"
+            )
+        self.num_classes = int(features["label"].num_classes)
 
     def labels(self, split: str) -> np.ndarray:
         """Labels of all examples of a split, `[N]` int32."""
@@ -120,6 +126,9 @@ class PreparedFolder:
             ]
         return self._records[split]
 
+
+_DATASETS = frozenset({"digits", "mnist", "cifar10"})
+"""Names that are never taken for a folder of the working directory; `./mnist` is one."""
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
 _TEST_FOLDERS = ("test", "val", "validation")
@@ -175,6 +184,7 @@ class ImageFolder:
 
         Raises:
             UsageError: images differ in size, and no `image_size` was given; names two of them.
+                Or the pixels of one have more than 8 bits; names it.
             DatasetNotFoundError: a file cannot be decoded; names it.
         """
         files, labels = self._splits[split]
@@ -202,6 +212,11 @@ class ImageFolder:
 
         try:
             with Image.open(file) as image:
+                if image.mode == "F" or image.mode.startswith("I"):
+                    raise UsageError(
+                        f"{file} has more than 8 bits a pixel (mode {image.mode}), which would be "
+                        "cut off; convert the images to 8 bits first"
+                    )
                 image = image.convert("L" if self._grey else "RGB")
                 if self._size is not None:
                     image = image.resize((self._size, self._size), Image.Resampling.BILINEAR)
@@ -221,7 +236,7 @@ def _is_grey(file: pathlib.Path) -> bool:
 
     try:
         with Image.open(file) as image:
-            return image.mode in ("1", "L", "LA", "I;16")
+            return image.mode in ("1", "L", "LA")
     except OSError as error:
         raise DatasetNotFoundError(f"cannot decode {file}: {error}") from error
 
@@ -264,7 +279,7 @@ def open_source(
         UsageError: `image_size` is given for images that have a size already.
     """
     folder = pathlib.Path(name).expanduser()
-    own = folder.is_dir() and name != "digits"
+    own = folder.is_dir() and name not in _DATASETS
     prepared = own and any(folder.glob("*/dataset_info.json"))
     if own and not prepared:
         return ImageFolder(folder, image_size, progress)

@@ -90,6 +90,20 @@ def test_what_is_wrong_is_named(tmp_path):
         load_dataset(str(tmp_path))
 
 
+def test_sixteen_bits_are_refused_and_not_cut_off(tmp_path):
+    make(tmp_path)
+    Image.fromarray(np.full((12, 12), 3000, np.uint16)).save(tmp_path / "cup" / "deep.png")
+    with pytest.raises(UsageError, match=r"deep\.png has more than 8 bits"):
+        load_dataset(str(tmp_path))
+
+
+def test_a_folder_of_the_name_of_a_data_set_is_not_taken_for_it(tmp_path, monkeypatch):
+    make(tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    assert load_dataset("digits").image_shape == (8, 8, 1)
+    assert load_dataset("./digits").image_shape == (12, 12, 3)
+
+
 def test_the_script_trains_on_a_folder(tmp_path, capsys):
     folder = make(tmp_path / "food", size=(10, 14), suffix="jpg")
     flags = [f"--data={folder}", "--image-size=8", "--batch-size=20", "--epochs=8"]
