@@ -25,15 +25,15 @@ from collections.abc import Iterator, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import training
-from experiments.common.experiment import Experiment, assemble
-from experiments.common.runs import RunDirectory
-from experiments.common.script import Script, exit_code
-from experiments.common.splits import epoch_order
-from experiments.common.totals import Record
-from experiments.common.training import Batch, CountedBatch
-from experiments.copy_config import Config, parse
-from experiments.sequence_experiment import build_model, optimizer
+from experiments.data.splits import epoch_order
+from experiments.train import training
+from experiments.train.copy_config import Config, parse
+from experiments.train.experiment import Experiment, assemble
+from experiments.train.runs import RunDirectory
+from experiments.train.script import Script, exit_code
+from experiments.train.sequence_experiment import build_model, optimizer
+from experiments.train.totals import Record
+from experiments.train.training import Batch, CountedBatch
 
 _TRAIN_STREAM, _TEST_STREAM = 5, 6
 """Last words of the seeds of the sequences' draws; see `splits`."""

@@ -19,15 +19,15 @@ import tyro
 
 from deq_jax import Execution, Solver
 from deq_jax.models.conv_deq import count_parameters
-from experiments.common import advice
-from experiments.common.config import TrainingConfig
-from experiments.common.errors import ExperimentError, UsageError
-from experiments.common.runs import flag_of, write_atomically
-from experiments.common.studies import machine
-from experiments.common.traces import residual_traces
-from experiments.diagnosis import confidence, figures, images, measure, results, sequences
-from experiments.diagnosis.page import Report, render
-from experiments.trained import Run, read_run
+from experiments.report import confidence, figures, images, measure, results, sequences
+from experiments.report.page import Report, render
+from experiments.report.traces import residual_traces
+from experiments.report.trained import Run, read_run
+from experiments.studies.tables import machine
+from experiments.train import advice
+from experiments.train.config import TrainingConfig
+from experiments.train.errors import ExperimentError, UsageError
+from experiments.train.runs import flag_of, write_atomically
 
 _TRACED = 64
 """Examples whose residuals are drawn."""

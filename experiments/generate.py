@@ -20,11 +20,11 @@ from flax import nnx
 
 from deq_jax import SolveStats, Status
 from deq_jax.models.generation import Generated, generate
-from experiments.common.config import TrainingConfig
-from experiments.common.errors import ExperimentError, UsageError
-from experiments.common.vocabulary import Vocabulary
-from experiments.sequence_config import SequenceConfig
-from experiments.trained import read_run
+from experiments.data.vocabulary import Vocabulary
+from experiments.report.trained import read_run
+from experiments.train.config import TrainingConfig
+from experiments.train.errors import ExperimentError, UsageError
+from experiments.train.sequence_config import SequenceConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,15 +16,15 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common.data import load_dataset
-from experiments.common.experiment import Experiment
-from experiments.common.runs import RunDirectory
-from experiments.common.script import Script, exit_code
-from experiments.common.totals import Record
-from experiments.common.training import Batch
-from experiments.image_config import Config
-from experiments.image_experiment import prepare, to_float
-from experiments.image_presets import parse
+from experiments.data.images import load_dataset
+from experiments.train.experiment import Experiment
+from experiments.train.image_config import Config
+from experiments.train.image_experiment import prepare, to_float
+from experiments.train.image_presets import parse
+from experiments.train.runs import RunDirectory
+from experiments.train.script import Script, exit_code
+from experiments.train.totals import Record
+from experiments.train.training import Batch
 
 _TRACED_IMAGES = 64
 

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from experiments.common.experiment import Experiment
-from experiments.common.runs import RunDirectory
-from experiments.common.script import Script, exit_code
-from experiments.common.text import load_text, windows
-from experiments.common.totals import Record
-from experiments.common.training import Batch
-from experiments.language_config import Config, parse
-from experiments.language_experiment import prepare
+from experiments.data.text import load_text, windows
+from experiments.train.experiment import Experiment
+from experiments.train.language_config import Config, parse
+from experiments.train.language_experiment import prepare
+from experiments.train.runs import RunDirectory
+from experiments.train.script import Script, exit_code
+from experiments.train.totals import Record
+from experiments.train.training import Batch
 
 _TRACED_SEQUENCES = 32
 

@@ -16,8 +16,8 @@ from typing import Annotated
 
 import tyro
 
-from experiments.common.errors import ExperimentError, MissingExtraError, UsageError
-from experiments.common.prepared import default_data_dir
+from experiments.data.prepared import default_data_dir
+from experiments.train.errors import ExperimentError, MissingExtraError, UsageError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,8 @@ from experiments.benchmark.implementations import IMPLEMENTATIONS, INSTALL, miss
 from experiments.benchmark.processes import ROOT
 from experiments.benchmark.rounds import Runner
 from experiments.benchmark.workloads import WORKLOADS
-from experiments.common import machine
-from experiments.common.errors import ExperimentError, UsageError
+from experiments.studies import machine
+from experiments.train.errors import ExperimentError, UsageError
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from deq_jax import deq_fixed_point
 from experiments.benchmark.timing import interleaved, report
-from experiments.common.studies import machine
+from experiments.studies.tables import machine
 
 
 def cell(params: dict[str, jax.Array], z: jax.Array, x: jax.Array) -> jax.Array:

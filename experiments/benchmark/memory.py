@@ -16,7 +16,7 @@ from flax import nnx
 
 from deq_jax import Anderson
 from deq_jax.models.conv_deq import ConvDEQ, WeightTiedConvNet
-from experiments.common.studies import machine
+from experiments.studies.tables import machine
 
 
 @dataclasses.dataclass(frozen=True)

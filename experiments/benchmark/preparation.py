@@ -19,7 +19,7 @@ from deq_jax.cells import ResNetCell
 from deq_jax.closure import Closure
 from deq_jax.passes import ready_for_loop
 from experiments.benchmark.timing import interleaved, report
-from experiments.common.studies import machine
+from experiments.studies.tables import machine
 
 
 @dataclasses.dataclass(frozen=True)

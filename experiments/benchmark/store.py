@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from experiments.benchmark.processes import ROOT
-from experiments.common.runs import write_atomically
+from experiments.train.runs import write_atomically
 
 RESULTS = ROOT / "docs" / "benchmarks.json"
 REMARKS = pathlib.Path(__file__).with_name("remarks.md")

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from experiments.common.checkpoints import Checkpoints
-from experiments.common.loop import Progress
-from experiments.common.runs import RunDirectory
-from experiments.trained import SCRIPTS
+from experiments.report.trained import SCRIPTS
+from experiments.train.checkpoints import Checkpoints
+from experiments.train.loop import Progress
+from experiments.train.runs import RunDirectory
 
 
 def untrained(folder, script, *flags):

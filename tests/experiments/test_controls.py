@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments import controls, language_config
-from experiments.common import training
+from experiments.studies import controls
+from experiments.train import language_config, training
 from tests.experiments.test_copy_memory import TINY
 
 

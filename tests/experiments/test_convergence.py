@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from experiments import convergence, ridge
+from experiments.studies import convergence, ridge
 
 
 def test_counts_are_read_off_the_trace():

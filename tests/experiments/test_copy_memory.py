@@ -5,11 +5,11 @@ import pytest
 from flax import nnx
 
 from experiments import copy_memory as script
-from experiments.common.checkpoints import Checkpoints
-from experiments.common.experiment import Experiment
-from experiments.common.runs import RunDirectory
-from experiments.copy_config import PRESETS, parse
-from experiments.sequence_experiment import build_model
+from experiments.train.checkpoints import Checkpoints
+from experiments.train.copy_config import PRESETS, parse
+from experiments.train.experiment import Experiment
+from experiments.train.runs import RunDirectory
+from experiments.train.sequence_experiment import build_model
 
 TINY = [
     "--delay=3",

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from experiments import prepare_data
-from experiments.common.data import load_dataset
-from experiments.common.errors import DatasetNotFoundError, UsageError
-from experiments.common.sources import PreparedFolder
-from experiments.common.splits import epoch_order, stratified_split
+from experiments.data.images import load_dataset
+from experiments.data.sources import PreparedFolder
+from experiments.data.splits import epoch_order, stratified_split
+from experiments.train.errors import DatasetNotFoundError, UsageError
 
 
 def rows(images):

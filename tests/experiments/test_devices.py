@@ -16,11 +16,11 @@ from jax.sharding import PartitionSpec as P
 
 from deq_jax import Execution
 from experiments import image_classification as script
-from experiments.common.checkpoints import Checkpoints
-from experiments.common.data import load_dataset
-from experiments.common.traces import residual_traces
-from experiments.image_experiment import prepare
-from experiments.image_presets import parse
+from experiments.data.images import load_dataset
+from experiments.report.traces import residual_traces
+from experiments.train.checkpoints import Checkpoints
+from experiments.train.image_experiment import prepare
+from experiments.train.image_presets import parse
 from tests.conftest import CACHE
 from tests.experiments.conftest import TINY
 from tests.reference import relative_error

@@ -12,13 +12,13 @@ import pytest
 
 from experiments import diagnose as script
 from experiments import image_classification
-from experiments.common.advice import Trouble
-from experiments.common.data import load_dataset
-from experiments.diagnosis import confidence, measure
-from experiments.diagnosis.images import ImageExamples
-from experiments.diagnosis.page import render
-from experiments.image_presets import parse
-from experiments.trained import read_run
+from experiments.data.images import load_dataset
+from experiments.report import confidence, measure
+from experiments.report.images import ImageExamples
+from experiments.report.page import render
+from experiments.report.trained import read_run
+from experiments.train.advice import Trouble
+from experiments.train.image_presets import parse
 from tests.experiments.conftest import TINY
 
 PNG = b"\x89PNG"

@@ -12,9 +12,9 @@ from deq_jax import Broyden
 from deq_jax.cells.trellis import TrellisState
 from deq_jax.models.deq_trellis import DEQTrellisNet
 from experiments import diagnose as script
-from experiments.diagnosis import measure, results, sequences
-from experiments.diagnosis.page import render
-from experiments.trained import read_run
+from experiments.report import measure, results, sequences
+from experiments.report.page import render
+from experiments.report.trained import read_run
 from tests.experiments.runs import untrained
 from tests.experiments.test_diagnose import PNG, SECTIONS, Page
 from tests.experiments.test_trained import COPY

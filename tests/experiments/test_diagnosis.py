@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from deq_jax import Anderson, Status
-from experiments.common.data import load_dataset
-from experiments.diagnosis import confidence, figures, images, measure, results
-from experiments.image_experiment import build_model
-from experiments.image_presets import parse
+from experiments.data.images import load_dataset
+from experiments.report import confidence, figures, images, measure, results
+from experiments.train.image_experiment import build_model
+from experiments.train.image_presets import parse
 from tests.experiments.conftest import TINY
 
 PNG = b"\x89PNG"

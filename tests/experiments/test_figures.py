@@ -1,6 +1,6 @@
 import numpy as np
 
-from experiments.common.figures import draw_curves, draw_residuals
+from experiments.report.curves import draw_curves, draw_residuals
 
 PNG = b"\x89PNG"
 

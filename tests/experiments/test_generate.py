@@ -13,9 +13,9 @@ from deq_jax.models.generation import generate
 from experiments import generate as script
 from experiments.copy_memory import Config as CopyConfig
 from experiments.generate import Arguments, write
-from experiments.image_config import Config as ImageConfig
-from experiments.language_config import Config
-from experiments.trained import read_run
+from experiments.report.trained import read_run
+from experiments.train.image_config import Config as ImageConfig
+from experiments.train.language_config import Config
 from tests.experiments.runs import untrained
 from tests.experiments.test_trained import document
 

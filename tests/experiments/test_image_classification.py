@@ -10,13 +10,13 @@ from flax import nnx
 
 from deq_jax import BackwardProbe
 from experiments import image_classification as script
-from experiments.common import training
-from experiments.common.checkpoints import Checkpoints
-from experiments.common.data import load_dataset
-from experiments.common.sources import Images
-from experiments.common.traces import residual_traces
-from experiments.image_experiment import counted_batches, prepare, to_float
-from experiments.image_presets import parse
+from experiments.data.images import load_dataset
+from experiments.data.sources import Images
+from experiments.report.traces import residual_traces
+from experiments.train import training
+from experiments.train.checkpoints import Checkpoints
+from experiments.train.image_experiment import counted_batches, prepare, to_float
+from experiments.train.image_presets import parse
 from tests.experiments.conftest import TINY
 
 PNG = b"\x89PNG"

@@ -15,8 +15,8 @@ from deq_jax import (
     Picard,
     Unrolled,
 )
-from experiments.image_config import Config
-from experiments.image_presets import PRESETS, parse
+from experiments.train.image_config import Config
+from experiments.train.image_presets import PRESETS, parse
 
 
 def test_picard_and_a_backward_solver_of_its_own():

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from experiments import image_classification
-from experiments.common.data import load_dataset
-from experiments.common.errors import DatasetNotFoundError, UsageError
+from experiments.data.images import load_dataset
+from experiments.train.errors import DatasetNotFoundError, UsageError
 from tests.experiments.conftest import TINY
 
 CLASSES = ("apple", "bread", "cup", "door", "egg")

@@ -5,7 +5,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from experiments import memory
+from experiments.studies import memory
 
 DEPTHS = (2, 4, 8)
 TINY = ["--depths", *map(str, DEPTHS), "--width=16", "--heads=2", "--length=32", "--batch=4"]

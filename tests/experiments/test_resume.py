@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.common.checkpoints import Checkpoints
-from experiments.common.data import load_dataset
-from experiments.common.logging import Reporter
-from experiments.common.loop import Progress, Trainer
-from experiments.common.runs import RunDirectory
-from experiments.common.script import resume
-from experiments.common.signals import GracefulStop
-from experiments.image_experiment import prepare
-from experiments.image_presets import parse
+from experiments.data.images import load_dataset
+from experiments.train.checkpoints import Checkpoints
+from experiments.train.image_experiment import prepare
+from experiments.train.image_presets import parse
+from experiments.train.logging import Reporter
+from experiments.train.loop import Progress, Trainer
+from experiments.train.runs import RunDirectory
+from experiments.train.script import resume
+from experiments.train.signals import GracefulStop
 from tests.conftest import CACHE
 from tests.experiments.conftest import TINY
 

@@ -12,18 +12,18 @@ from flax import nnx
 from deq_jax import Anderson, Implicit, OneStep, Phantom, Picard, Unrolled
 from deq_jax.stability import jacobian_frobenius
 from experiments import image_classification as script
-from experiments.common import objective, training
-from experiments.common.advice import Trouble
-from experiments.common.checkpoints import Checkpoints
-from experiments.common.data import load_dataset
-from experiments.common.experiment import definition_of
-from experiments.common.logging import Reporter
-from experiments.common.loop import Trainer
-from experiments.common.runs import RunDirectory
-from experiments.common.script import resume
-from experiments.common.stability import Schedule, StabilityConfig
-from experiments.image_experiment import prepare, to_float
-from experiments.image_presets import parse
+from experiments.data.images import load_dataset
+from experiments.train import objective, training
+from experiments.train.advice import Trouble
+from experiments.train.checkpoints import Checkpoints
+from experiments.train.experiment import definition_of
+from experiments.train.image_experiment import prepare, to_float
+from experiments.train.image_presets import parse
+from experiments.train.logging import Reporter
+from experiments.train.loop import Trainer
+from experiments.train.runs import RunDirectory
+from experiments.train.script import resume
+from experiments.train.stability import Schedule, StabilityConfig
 from tests.experiments.conftest import TINY
 from tests.experiments.test_resume import StopAfter
 

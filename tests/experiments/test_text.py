@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from experiments import prepare_data
-from experiments.common import prepared
-from experiments.common.errors import DatasetNotFoundError, UsageError
-from experiments.common.text import load_text
+from experiments.data import prepared
+from experiments.data.text import load_text
+from experiments.train.errors import DatasetNotFoundError, UsageError
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 

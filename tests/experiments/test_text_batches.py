@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.common.errors import UsageError
-from experiments.common.text import crops, stream_steps, streams, windows
+from experiments.data.text import crops, stream_steps, streams, windows
+from experiments.train.errors import UsageError
 
 sizes = st.integers(2, 60)
 lengths = st.integers(1, 9)

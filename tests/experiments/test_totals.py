@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from deq_jax import BackwardProbe
-from experiments.common.totals import SolveTotals
+from experiments.train.totals import SolveTotals
 
 
 def test_totals_of_a_diverged_and_of_a_padded_sample():

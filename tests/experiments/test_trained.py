@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import trained
-from experiments.common.checkpoints import Checkpoints
-from experiments.common.errors import RunMismatchError, UsageError
-from experiments.common.runs import RunDirectory
-from experiments.trained import read_config, read_run
+from experiments.report import trained
+from experiments.report.trained import read_config, read_run
+from experiments.train.checkpoints import Checkpoints
+from experiments.train.errors import RunMismatchError, UsageError
+from experiments.train.runs import RunDirectory
 from tests.experiments.conftest import TINY
 from tests.experiments.runs import untrained
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.common.errors import UsageError
-from experiments.common.vocabulary import Vocabulary, leading, pieces
+from experiments.data.vocabulary import Vocabulary, leading, pieces
+from experiments.train.errors import UsageError
 
 VERSE = "To be, or not to be:\nthat is (perhaps) the question.\n"
 VERSE_WORDS = ["To", "be", ",", "or", "not", "to", "be", ":", "<eos>", "that", "is", "("]

@@ -1,1 +1,0 @@
-"""What the scripts in `experiments` share: data, training, checkpoints, logging and figures."""

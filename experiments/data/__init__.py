@@ -1,0 +1,1 @@
+"""Reads images and texts: where they come from, splits, batches."""

@@ -1,0 +1,282 @@
+"""Texts as tokens, whole in memory, and the batches that are cut out of them."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import zlib
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+from experiments.data.prepared import read_prepared_text
+from experiments.data.vocabulary import Level, Vocabulary, leading, pieces
+from experiments.train.errors import DatasetNotFoundError, UsageError
+from experiments.train.runs import flag_of
+
+_CROP_STREAM = 4
+"""Last word of the seed of the crops' draws; see `splits`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextDataset:
+    """The tokens to train on and those that are reported on.
+
+    Attributes:
+        name: name of the data set, or path of the file.
+        train: `[N]` int32, tokens to train on.
+        evaluation: `[M]` int32, tokens to report on.
+        evaluation_name: what they are.
+        vocabulary: what the tokens stand for.
+        characters_per_token: of the part that is reported on, white space included: nats per token
+            over this and ln 2 are bits per character.
+    """
+
+    name: str
+    train: np.ndarray
+    evaluation: np.ndarray
+    evaluation_name: Literal["validation"]
+    vocabulary: Vocabulary
+    characters_per_token: float
+
+    def checksum(self) -> int:
+        """CRC-32 of the tokens of both parts, where they meet, and the symbols."""
+        described = [len(self.train), self.vocabulary.level, self.vocabulary.symbols]
+        checksum = zlib.crc32(json.dumps(described).encode())
+        for tokens in (self.train, self.evaluation):
+            checksum = zlib.crc32(np.ascontiguousarray(tokens), checksum)
+        return checksum
+
+
+def load_text(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    level: Level = "characters",
+    vocabulary_size: int | None = None,
+    evaluation_fraction: float = 0.1,
+    validation_fraction: float = 0.0,
+    train_tokens: int | None = None,
+    eval_tokens: int | None = None,
+    vocabulary_path: str | os.PathLike[str] | None = None,
+) -> TextDataset:
+    """Reads a text and its vocabulary.
+
+    A vocabulary of characters is that of the whole text. One of words is that of the training part,
+    all of it whatever `train_tokens`, and what it lacks is `<unk>`.
+
+    Args:
+        name: a prepared data set of texts and nothing else, or a UTF-8 text file, which is what a
+            name with a path separator or ending in .txt is. The splits train, validation and test
+            of a data set are joined in this order, directly where each is one example, else with a
+            newline after each example.
+        data_dir: folder of prepared data sets, see `prepared.default_data_dir`.
+        level: what a token is.
+        vocabulary_size: at most so many words, `<unk>` included; None for all.
+        evaluation_fraction: this share of the text, its end, is reported on. At level `words` a
+            cut inside a word is moved on to its end.
+        validation_fraction: if positive, this share of the training part, its end, is held out and
+            reported on in place of the end of the text, which is left alone.
+        train_tokens: train on the first so many tokens; None for all.
+        eval_tokens: report on the first so many tokens; None for all.
+        vocabulary_path: file of the vocabulary, used if it is there and else written. Its folder
+            exists.
+
+    Raises:
+        DatasetNotFoundError: the text is not there.
+        UsageError: an argument is out of its range, the text or the vocabulary file does not fit.
+    """
+    if not 0 < evaluation_fraction < 1:
+        raise UsageError(
+            f"--evaluation-fraction must be above 0 and below 1, got {evaluation_fraction}"
+        )
+    if not 0 <= validation_fraction < 1:
+        raise UsageError(
+            f"--validation-fraction must be at least 0 and below 1, got {validation_fraction}"
+        )
+    if vocabulary_size is not None and (level == "characters" or vocabulary_size < 2):
+        raise UsageError(
+            f"--vocabulary-size must be at least 2 and is for words, got {vocabulary_size} for "
+            f"{level}"
+        )
+    is_file = name.endswith(".txt") or "/" in name or os.sep in name
+    text = _read_file(name) if is_file else read_prepared_text(name, data_dir)
+    train, evaluation = _split(text, evaluation_fraction, level)
+    if validation_fraction > 0:
+        train, evaluation = _split(train, validation_fraction, level)
+    built_from = text if level == "characters" else train
+    train = _first(train, level, train_tokens, "train_tokens")
+    evaluation = _first(evaluation, level, eval_tokens, "eval_tokens")
+    vocabulary = Vocabulary.load_or_build(vocabulary_path, built_from, level, vocabulary_size)
+    try:
+        train_numbers, numbers = vocabulary.encode(train), vocabulary.encode(evaluation)
+    except ValueError as error:
+        raise UsageError(f"{vocabulary_path} does not know all of {name}: {error}") from error
+    return TextDataset(
+        name=name,
+        train=train_numbers,
+        evaluation=numbers,
+        evaluation_name="validation",
+        vocabulary=vocabulary,
+        characters_per_token=len(evaluation) / len(numbers),
+    )
+
+
+def crops(
+    tokens: np.ndarray, *, length: int, count: int, seed: int, step: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random windows of a text for one step of training, a function of the arguments alone.
+
+    Args:
+        tokens: `[N]`.
+        length: tokens in a window.
+        count: windows; each starts anywhere from 0 to N - length - 1, all of these equally likely.
+        seed: seed of the run.
+        step: number of the step.
+
+    Returns:
+        Inputs and targets, the token after each input; both `[count, length]` int32.
+
+    Raises:
+        UsageError: the text is shorter than a window and the token after it.
+    """
+    if len(tokens) <= length:
+        raise UsageError(
+            f"a text of {len(tokens)} tokens has no window of {length} with a token after it"
+        )
+    generator = np.random.default_rng([seed, step, _CROP_STREAM])
+    return _with_targets(tokens, generator.integers(len(tokens) - length, size=count), length)
+
+
+def stream_steps(size: int, length: int, count: int) -> int:
+    """How many segments of `length` tokens each of the `count` streams of `streams` has.
+
+    Raises:
+        UsageError: there is none.
+    """
+    steps = (size // count - 1) // length
+    if steps < 1:
+        raise UsageError(
+            f"{size} tokens in {count} streams have no segment of {length} with a token after it"
+        )
+    return steps
+
+
+def streams(
+    tokens: np.ndarray, *, length: int, count: int, step: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A segment of each of several contiguous streams, for training that carries a memory.
+
+    The text is cut into `count` streams of `N // count` tokens, the rest being dropped. Segment
+    k + 1 of a stream follows its segment k.
+
+    Args:
+        tokens: `[N]`.
+        length: tokens in a segment.
+        count: streams.
+        step: number of the segment, below `stream_steps(N, length, count)`.
+
+    Returns:
+        Inputs and targets, the token after each input; both `[count, length]` int32.
+
+    Raises:
+        UsageError: a stream is shorter than a segment and the token after it.
+        ValueError: `step` is out of its range.
+    """
+    steps = stream_steps(len(tokens), length, count)
+    if not 0 <= step < steps:
+        raise ValueError(f"step must be from 0 to {steps - 1}, got {step}")
+    starts = np.arange(count) * (len(tokens) // count) + step * length
+    return _with_targets(tokens, starts, length)
+
+
+def windows(
+    tokens: np.ndarray, *, length: int, count: int, contiguous: bool = False
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Goes through a text once; each token but the first is a target exactly once.
+
+    Row after row of a batch is the text in its order, and the next batch follows the last row. Only
+    the last window of the text may be filled up, and after it come rows that are all filling.
+
+    If `contiguous`, the targets are cut into `count` runs, equally long but for one token, and row
+    r goes through run r: its window in a batch follows its window in the batch before, so that it
+    can carry a memory. Only in the last batch are windows filled up or all filling. The first
+    target of a run follows the last target of the run before it in the text, so that here too only
+    the first token of the text is nowhere a target.
+
+    Args:
+        tokens: `[N]`, at least two.
+        length: tokens in a window.
+        count: windows in a batch.
+        contiguous: see above.
+
+    Returns:
+        Batches of inputs, targets, the token after each input, and where they are there; all
+        `[count, length]`, int32, int32 and bool. Filling is at the end of a row, and zero.
+
+    Raises:
+        UsageError: there is nothing to predict.
+    """
+    size = len(tokens) - 1
+    if size < 1:
+        raise UsageError(f"a text of {len(tokens)} tokens has nothing to predict")
+    if contiguous:
+        bounds = np.arange(count + 1) * size // count
+        starts, ends, stride = bounds[:-1], bounds[1:], length
+    else:
+        starts, ends, stride = np.arange(count) * length, np.full(count, size), count * length
+    batches = math.ceil(np.max(ends - starts) / stride)
+
+    def batch(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        positions = (starts + number * stride)[:, np.newaxis] + np.arange(length)
+        there = positions < ends[:, np.newaxis]
+        found = np.where(there, positions, 0)
+        inputs, targets = (np.where(there, tokens[found + ahead], 0) for ahead in (0, 1))
+        return inputs.astype(np.int32), targets.astype(np.int32), there
+
+    return map(batch, range(batches))
+
+
+def _with_targets(
+    tokens: np.ndarray, starts: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    found = tokens[starts[:, np.newaxis] + np.arange(length + 1)].astype(np.int32)
+    return found[:, :-1], found[:, 1:]
+
+
+def _read_file(name: str) -> str:
+    path = pathlib.Path(name)
+    if not path.is_file():
+        raise DatasetNotFoundError(f"there is no text file {name}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not a UTF-8 text file: {error}") from error
+
+
+def _split(text: str, fraction: float, level: Level) -> tuple[str, str]:
+    # Rounded first, so that a tenth of ten is one whatever the last bit of the product.
+    at = len(text) - math.ceil(round(fraction * len(text), 6))
+    if level == "words":
+        while 0 < at < len(text) and not (text[at - 1].isspace() or text[at].isspace()):
+            at += 1
+    return text[:at], text[at:]
+
+
+def _first(text: str, level: Level, count: int | None, field: str) -> str:
+    part = {"train_tokens": "train on", "eval_tokens": "report on"}[field]
+    size = len(pieces(text, level))
+    if size < 2:
+        raise UsageError(
+            f"the text is too short: it has {size} tokens to {part}, at least 2 needed"
+        )
+    if count is None:
+        return text
+    if not 2 <= count <= size:
+        raise UsageError(
+            f"{flag_of(field)} must be from 2 to {size}, which is what there is to {part}, "
+            f"got {count}"
+        )
+    return leading(text, level, count)

@@ -1,0 +1,1 @@
+"""Measurements behind the tables and figures in docs/."""
