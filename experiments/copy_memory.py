@@ -1,13 +1,16 @@
-"""Trains a DEQ-Transformer, or a control, to repeat symbols that it was shown long before.
+"""Trains a DEQ-Transformer, or a control of it, to repeat symbols that it was shown long before.
 
     python -m experiments.copy_memory --help
     python -m experiments.copy_memory
-    python -m experiments.copy_memory --model lstm --features 10 --hidden-features 53
+    python -m experiments.copy_memory --model lstm --network.features 10 --network.hidden-features 53
+
+The first word is a preset: cpu (a delay of 100, the default) or accelerator (400, the paper's). The
+same command again goes on with a run that was interrupted.
 
 A sequence of T + 20 tokens begins with 10 symbols from 1 to 8. Then there are zeros, and a 9 at
 position T + 10, after which the symbols are asked for: targets are zeros, and the 10 symbols at the
-end. The loss is the mean cross-entropy over all positions; who knows when to answer but not what
-has `10 ln 8 / (T + 20)`.
+end. The loss is the mean cross-entropy over all positions; a network that knows when to answer but
+not what has `10 ln 8 / (T + 20)`.
 
 Leaves in the run's folder: `config.json`, `metrics.jsonl` (a line an epoch), `checkpoints/`,
 `curves.png`, `residuals.png`, and when it is finished `result.json`.
@@ -22,182 +25,207 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 
-import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from experiments.data.splits import epoch_order
-from experiments.train import training
-from experiments.train.copy_config import Config, parse
-from experiments.train.experiment import Experiment, assemble
-from experiments.train.runs import RunDirectory
-from experiments.train.script import Script, exit_code
-from experiments.train.sequence_experiment import build_model, optimizer
-from experiments.train.totals import Record
-from experiments.train.training import Batch, CountedBatch
+from deq_jax import Anderson
+from deq_jax.stability import JacobianRegularization
+from experiments.data import Batch
+from experiments.data.images import epoch_order
+from experiments.train.command import exit_code, train
+from experiments.train.config import Optim, Stability, group, parse, require_all
+from experiments.train.errors import UsageError
+from experiments.train.metrics import Record
+from experiments.train.runs import RunFolder
+from experiments.train.sequences import (
+    SequenceConfig,
+    SequenceNetwork,
+    Transformer,
+    build_model,
+)
 
 _TRAIN_STREAM, _TEST_STREAM = 5, 6
-"""Last words of the seeds of the sequences' draws; see `splits`."""
+"""Last words of the seeds of the draws; without them two uses of a seed would draw the same."""
 
-_TEST_SEED = 0
-"""The test sequences are the same ones in every run."""
-
-_TRACED_SEQUENCES = 32
+# ---------------------------------------------------------------------------------------- settings
 
 
 @dataclasses.dataclass(frozen=True)
-class Sequences:
-    """Sequences and what is to be answered.
+class CopyData:
+    """The task.
 
     Attributes:
-        inputs: `[N, T + 2 S]` int32, with S symbols shown.
-        targets: likewise.
+        delay: T, positions from the last symbol shown to the first one asked for, less one.
+        shown: symbols to remember.
+        symbols: different symbols.
+        train: sequences to train on.
+        test: sequences to report on.
     """
 
-    inputs: np.ndarray
-    targets: np.ndarray
+    delay: int = 100
+    shown: int = 10
+    symbols: int = 8
+    train: int = 20_000
+    test: int = 2_000
 
-    def __len__(self) -> int:
-        return len(self.inputs)
+    def __post_init__(self) -> None:
+        names = [field.name for field in dataclasses.fields(self)]
+        require_all(self, names, lambda value: value >= 1, "at least 1", "data.")
 
-    def take(self, indices: np.ndarray) -> "Sequences":
-        """The sequences at `indices`, in that order."""
-        return Sequences(self.inputs[indices], self.targets[indices])
+
+@dataclasses.dataclass(frozen=True)
+class Config(SequenceConfig):
+    """The settings.
+
+    Attributes:
+        data: the task.
+    """
+
+    data: group(CopyData) = CopyData()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.network.memory:
+            raise UsageError("--network.memory must be 0: each sequence is one segment")
+        if self.data.train < self.batch_size:
+            raise UsageError(
+                f"--data.train must be at least --batch-size, {self.batch_size}, "
+                f"got {self.data.train}"
+            )
+
+
+_CPU = Config(
+    epochs=4,
+    batch_size=32,
+    eval_batch_size=100,
+    depth=4,
+    optim=Optim(lr=3e-3, final_lr=1e-5, warmup=100, clip=1.0, beta2=0.99),
+    solver=Anderson(tol=1e-2, max_iter=16),
+    stability=Stability(jacobian=JacobianRegularization(0.1, probability=0.35)),
+    cell=Transformer(heads=2),
+    network=SequenceNetwork(features=32, hidden_features=80, tied=False),
+)
+PRESETS = {
+    "cpu": _CPU,
+    "accelerator": dataclasses.replace(
+        _CPU, epochs=50, solver=Anderson(tol=1e-3, max_iter=25), data=CopyData(delay=400)
+    ),
+}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
+    """Reads a command line, see `parse`."""
+    return parse(PRESETS, "copy_memory", arguments, __doc__)
+
+
+# ------------------------------------------------------------------------------- data and network
 
 
 @dataclasses.dataclass(frozen=True)
 class CopyTask:
-    """The data of a run.
+    """The sequences of a run.
 
     Attributes:
-        train: sequences to train on.
-        evaluation: sequences to report on.
-        name: what it is called.
+        data: their sizes.
+        train: `[N, T + 2 S]` int32, with S symbols shown: what is trained on.
+        test: likewise, what is reported on.
         evaluation_name: what the latter are.
+        white: of no meaning for tokens.
     """
 
-    train: Sequences
-    evaluation: Sequences
-    name: str = "copy memory"
+    data: CopyData
+    train: np.ndarray
+    test: np.ndarray
     evaluation_name: str = "test"
+    white: int = 1
 
     def checksum(self) -> int:
         """CRC-32 of all sequences; their targets follow from them."""
-        checksum = zlib.crc32(np.ascontiguousarray(self.train.inputs))
-        return zlib.crc32(np.ascontiguousarray(self.evaluation.inputs), checksum)
+        return zlib.crc32(self.test.tobytes(), zlib.crc32(self.train.tobytes()))
+
+    def describe(self) -> str:
+        """What the sequences are, in a line."""
+        return (
+            f"{len(self.train):,} training and {len(self.test):,} test sequences of "
+            f"{self.train.shape[1]} tokens; loss without memory {without_memory(self.data):.3f}"
+        )
+
+    def targets(self, inputs: np.ndarray) -> np.ndarray:
+        """Zeros, and at the end the symbols that were shown."""
+        targets = np.zeros_like(inputs)
+        targets[:, -self.data.shown :] = inputs[:, : self.data.shown]
+        return targets
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Steps in an epoch."""
+        return len(self.train) // batch_size
+
+    def train_batches(
+        self, batch_size: int, *, seed: int, epoch: int, start: int = 0
+    ) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on."""
+        order = epoch_order(seed, epoch, len(self.train))
+        for step in range(start, self.steps_per_epoch(batch_size)):
+            inputs = self.train[order[step * batch_size :][:batch_size]]
+            yield Batch(inputs, self.targets(inputs), np.ones(inputs.shape, bool))
+
+    def evaluation_batches(self, batch_size: int, *, multiple_of: int = 1) -> Iterator[Batch]:
+        """Each test sequence exactly once; the last batch is filled up with its own sequences."""
+        size = min(batch_size, len(self.test))
+        size += -size % multiple_of
+        for start in range(0, len(self.test), size):
+            count = min(size, len(self.test) - start)
+            inputs = self.test[start + np.arange(size) % count]
+            counts = np.broadcast_to(np.arange(size)[:, np.newaxis] < count, inputs.shape)
+            yield Batch(inputs, self.targets(inputs), counts)
+
+    def figures(self, record: Record) -> Record:
+        """Nothing follows from the loss."""
+        del record
+        return {}
 
 
-def sequences(
-    count: int, *, delay: int, shown: int, symbols: int, generator: np.random.Generator
-) -> Sequences:
-    """Draws sequences of the task; see the module's docstring for the default sizes.
-
-    Args:
-        count: N.
-        delay: T.
-        shown: S, symbols to remember.
-        symbols: different ones, 1 to `symbols`; the delimiter is the number after them.
-        generator: source of the draw.
-    """
-    drawn = generator.integers(1, symbols + 1, size=(count, shown))
-    inputs = np.zeros((count, delay + 2 * shown), np.int32)
-    targets = np.zeros_like(inputs)
-    inputs[:, :shown] = drawn
-    inputs[:, delay + shown - 1] = symbols + 1
-    targets[:, delay + shown :] = drawn
-    return Sequences(inputs, targets)
+def draw_sequences(count: int, data: CopyData, generator: np.random.Generator) -> np.ndarray:
+    """Draws sequences of the task, `[count, T + 2 S]` int32; see the module's docstring."""
+    inputs = np.zeros((count, data.delay + 2 * data.shown), np.int32)
+    inputs[:, : data.shown] = generator.integers(1, data.symbols + 1, size=(count, data.shown))
+    inputs[:, data.delay + data.shown - 1] = data.symbols + 1
+    return inputs
 
 
-def without_memory(config: Config) -> float:
+def without_memory(data: CopyData) -> float:
     """The loss of knowing when to answer, but not what."""
-    return config.shown * math.log(config.symbols) / (config.delay + 2 * config.shown)
+    return data.shown * math.log(data.symbols) / (data.delay + 2 * data.shown)
 
 
-def run(config: Config) -> int:
-    """Trains, or goes on with training, until the end or a signal; see `Script.run`."""
-
-    def summary(result: Record) -> str:
-        return f"test loss {result['test_loss']:.2e}; without memory {without_memory(config):.2e}"
-
-    return Script("copy_memory", load, _describe, _traced, summary).run(config)
-
-
-def load(config: Config, directory: RunDirectory) -> Experiment:
-    """The sequences and all that is trained on them."""
-    del directory
-    sizes = {"delay": config.delay, "shown": config.shown, "symbols": config.symbols}
+def load(config: Config, run: RunFolder) -> tuple[CopyTask, nnx.Module]:
+    """The sequences, and the network for them; the test sequences are the same in every run."""
+    del run
+    data = config.data
     train = np.random.default_rng([config.seed, 0, _TRAIN_STREAM])
-    test = np.random.default_rng([_TEST_SEED, 0, _TEST_STREAM])
+    test = np.random.default_rng([0, 0, _TEST_STREAM])
     task = CopyTask(
-        sequences(config.train_examples, generator=train, **sizes),
-        sequences(config.test_examples, generator=test, **sizes),
+        data, draw_sequences(data.train, data, train), draw_sequences(data.test, data, test)
     )
-    return prepare(config, task)
+    return task, build_model(config, data.symbols + 2)
 
 
-def prepare(config: Config, dataset: CopyTask) -> Experiment:
-    """Builds the network, the optimiser and the steps.
-
-    Raises:
-        UsageError: flags do not fit each other or the machine; the message names them.
-    """
-    size = config.batch_size
-    per_epoch = len(dataset.train) // size
-    steps = config.epochs * per_epoch
-    schedule = training.cosine_schedule(
-        config.learning_rate, config.final_learning_rate, steps, min(config.warmup_steps, steps - 1)
-    )
-
-    def batches(epoch: int, position: int) -> Iterator[Batch]:
-        order = epoch_order(config.seed, epoch, len(dataset.train))
-        for step in range(position, per_epoch):
-            taken = dataset.train.take(order[step * size :][:size])
-            yield Batch(taken.inputs, taken.targets)
-
-    def evaluation() -> Iterator[CountedBatch]:
-        examples = dataset.evaluation
-        together = min(config.eval_batch_size, len(examples))
-        together += -together % config.devices
-        for start in range(0, len(examples), together):
-            count = min(together, len(examples) - start)
-            # The last batch is filled up with its own sequences, which do not count.
-            taken = examples.take(start + np.arange(together) % count)
-            counts = np.broadcast_to(np.arange(together)[:, None] < count, taken.targets.shape)
-            yield Batch(taken.inputs, taken.targets), counts
-
-    return assemble(
-        config,
-        dataset,
-        build_model(config, config.symbols + 2),
-        steps_per_epoch=per_epoch,
-        batches=batches,
-        evaluation=evaluation,
-        schedule=schedule,
-        optimizer=optimizer(config, schedule),
-    )
-
-
-def _describe(experiment: Experiment) -> str:
-    config, dataset = experiment.config, experiment.dataset
-    return (
-        f"{len(dataset.train):,} training and {len(dataset.evaluation):,} test sequences of "
-        f"{config.delay + 2 * config.shown} tokens; loss without memory "
-        f"{without_memory(config):.3f}"
-    )
-
-
-def _traced(experiment: Experiment) -> Batch:
-    examples = experiment.dataset.evaluation
-    taken = examples.take(np.arange(min(_TRACED_SEQUENCES, len(examples))))
-    return Batch(jnp.asarray(taken.inputs), taken.targets)
+# --------------------------------------------------------------------------------------------- run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line `arguments` and returns the exit code, see `script.exit_code`.
+    """Runs the command line `arguments` and returns the exit code, see `exit_code`.
 
     Raises:
         SystemExit: with code 2, after a message, if the command line is bad.
     """
-    return exit_code(run, parse(arguments))
+    config = parse_arguments(arguments)
+    with exit_code() as code:
+        result = train("copy_memory", config, arguments, load, "copy_memory")
+        print(
+            f"test loss {result['test_loss']:.2e}; without memory {without_memory(config.data):.2e}"
+        )
+    return code[0]
 
 
 if __name__ == "__main__":

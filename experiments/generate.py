@@ -21,10 +21,11 @@ from flax import nnx
 from deq_jax import SolveStats, Status
 from deq_jax.models.generation import Generated, generate
 from experiments.data.vocabulary import Vocabulary
+from experiments.language_model import Config
 from experiments.report.trained import read_run
-from experiments.train.config import TrainingConfig
-from experiments.train.errors import ExperimentError, UsageError
-from experiments.train.sequence_config import SequenceConfig
+from experiments.train.command import exit_code
+from experiments.train.errors import UsageError
+from experiments.train.sequences import SequenceConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def write(arguments: Arguments) -> Texts:
     """
     arguments.check()
     run = read_run(arguments.run, arguments.data_dir, _unfit)
-    config, vocabulary = run.experiment.config, run.experiment.dataset.vocabulary
+    config, vocabulary = run.config, run.dataset.text.vocabulary
     top_k = arguments.top_k
     if top_k is not None and not 1 <= top_k <= len(vocabulary):
         raise UsageError(
@@ -113,7 +114,7 @@ def write(arguments: Arguments) -> Texts:
         )
     cache = default_cache(config) if arguments.cache is None else arguments.cache
     prompt = _encoded(arguments.prompt, vocabulary)
-    definition, state = nnx.split(run.model())
+    definition, state = nnx.split(run.model)
 
     @jax.jit
     def go_on(state: nnx.State, tokens: jax.Array, key: jax.Array) -> Generated:
@@ -138,9 +139,9 @@ def write(arguments: Arguments) -> Texts:
     return Texts(tuple(texts), generated.stats, generated.tokens.size, seconds)
 
 
-def default_cache(config: SequenceConfig) -> int:
+def default_cache(config: Config) -> int:
     """Positions behind the last one of a training sequence, those in the segment memory too."""
-    return max(1, config.length + config.segment_memory - 1)
+    return max(1, config.data.length + config.network.memory - 1)
 
 
 def _encoded(prompt: str, vocabulary: Vocabulary) -> np.ndarray:
@@ -153,7 +154,7 @@ def _encoded(prompt: str, vocabulary: Vocabulary) -> np.ndarray:
     return tokens
 
 
-def _unfit(script: str, config: TrainingConfig) -> str:
+def _unfit(script: str, config: SequenceConfig) -> str:
     """Why a run cannot write text; empty if it can."""
     if script != "language_model":
         return f"a run of experiments.{script}; only those of experiments.language_model write text"
@@ -175,19 +176,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: with code 2, after a message, if the command line is bad.
     """
     parsed = tyro.cli(Arguments, prog="python -m experiments.generate", args=arguments)
-    try:
+    with exit_code() as code:
         written = write(parsed)
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    for number, text in enumerate(written.texts, 1):
-        if len(written.texts) > 1:
-            print(f"--- {number} of {len(written.texts)} ---")
-        print(text, flush=True)
-    print(written.summary(), file=sys.stderr)
-    return 0
+        for number, text in enumerate(written.texts, 1):
+            if len(written.texts) > 1:
+                print(f"--- {number} of {len(written.texts)} ---")
+            print(text, flush=True)
+        print(written.summary(), file=sys.stderr)
+    return code[0]
 
 
 if __name__ == "__main__":

@@ -1,83 +1,192 @@
-"""Trains a deep equilibrium network, or a control of it, on digits, MNIST, CIFAR-10 or own images.
+"""Trains a deep equilibrium network, or a control of it, to classify images.
 
     python -m experiments.image_classification --help
     python -m experiments.image_classification
-    python -m experiments.image_classification --preset cifar10 --data-dir DIR
-    python -m experiments.image_classification --data FOLDER --image-size 32
+    python -m experiments.image_classification cifar10 --data.dir DIR
+    python -m experiments.image_classification --data.name FOLDER --data.size 32
+    python -m experiments.image_classification solver:broyden --solver.memory 10 --optim.lr 2e-3
+
+The first word is a preset: digits (the default), mnist or cifar10. The same command again goes on
+with a run that was interrupted.
 
 Leaves in the run's folder: `config.json`, `metrics.jsonl` (a line an epoch), `checkpoints/`,
 `curves.png`, `residuals.png`, and when it is finished `result.json`.
 """
 
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
-import jax.numpy as jnp
-import numpy as np
+from flax import nnx
 
-from experiments.data.images import load_dataset
-from experiments.train.experiment import Experiment
-from experiments.train.image_config import Config
-from experiments.train.image_experiment import prepare, to_float
-from experiments.train.image_presets import parse
-from experiments.train.runs import RunDirectory
-from experiments.train.script import Script, exit_code
-from experiments.train.totals import Record
-from experiments.train.training import Batch
+from deq_jax.models.conv_deq import ConvDEQ, ExplicitConvNet, WeightTiedConvNet
+from experiments.data.images import ImageDataset, load_images
+from experiments.train.command import exit_code, train
+from experiments.train.config import TrainingConfig, group, parse, require_all
+from experiments.train.errors import UsageError
+from experiments.train.runs import RunFolder
 
-_TRACED_IMAGES = 64
+# ---------------------------------------------------------------------------------------- settings
 
 
-def run(config: Config) -> int:
-    """Trains, or goes on with training, until the end or a signal; see `Script.run`."""
-    script = Script("image_classification", load, _describe, _traced, _summary)
-    return script.run(config, pathlib.Path(config.dataset).name)
+@dataclasses.dataclass(frozen=True)
+class ImageData:
+    """The images.
+
+    Attributes:
+        name: digits, a prepared data set such as mnist or cifar10, or a folder with a folder of
+            image files for each class (or with two such, train and test).
+        dir: folder of prepared data sets. None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
+        size: side to which the images of a folder are resized. None: they have one size.
+        train: train on a stratified subset of this size, drawn by --seed. None: all.
+        eval: report on a stratified subset of this size, the same one in every run. None: all, or
+            with --data.train at most as many as are trained on.
+        validation: hold out this share of the training examples and report on it instead of the
+            test set, to choose settings without looking at the test set.
+    """
+
+    name: str = "digits"
+    dir: str | None = None
+    size: int | None = None
+    train: int | None = None
+    eval: int | None = None
+    validation: float = 0.0
+
+    def __post_init__(self) -> None:
+        counts = ("size", "train", "eval")
+        require_all(self, counts, lambda v: v >= 1, "at least 1", "data.")
+        require_all(self, ("validation",), lambda v: 0 <= v < 1, "at least 0 and below 1", "data.")
 
 
-def load(config: Config, directory: RunDirectory) -> Experiment:
-    """The images and all that is trained on them."""
-    dataset = load_dataset(
-        config.dataset,
-        data_dir=config.data_dir,
-        image_size=config.image_size,
-        train_examples=config.train_examples,
-        eval_examples=config.eval_examples,
-        validation_fraction=config.validation_fraction,
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """The network around the equilibrium, and its cell.
+
+    Attributes:
+        channels: channels of the state.
+        inner_channels: channels inside the cell's branch.
+        groups: groups of the cell's GroupNorms; divides both.
+        pool: side of the average pool before the classifier; divides the image's sides.
+        kernel_std: standard deviation of the cell's initial kernels.
+        dropout: rate of variational dropout inside the cell, one mask a solve.
+    """
+
+    channels: int = 32
+    inner_channels: int = 64
+    groups: int = 8
+    pool: int = 2
+    kernel_std: float = 0.01
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        counts = ("channels", "inner_channels", "groups", "pool")
+        require_all(self, counts, lambda v: v >= 1, "at least 1", "network.")
+        multiple = f"a multiple of --network.groups, {self.groups}"
+        require_all(self, counts[:2], lambda v: v % self.groups == 0, multiple, "network.")
+        require_all(self, ("kernel_std",), lambda v: v > 0, "positive", "network.")
+        require_all(self, ("dropout",), lambda v: 0 <= v < 1, "at least 0 and below 1", "network.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(TrainingConfig):
+    """The settings.
+
+    Attributes:
+        model: deq, or a control made of the same cell: weight_tied (the cell --depth times with the
+            same weights) or explicit (--depth cells with weights of their own).
+        data: the images.
+        network: the network.
+    """
+
+    model: Literal["deq", "weight_tied", "explicit"] = "deq"
+    data: group(ImageData) = ImageData()
+    network: group(Network) = Network()
+
+
+PRESETS = {
+    "digits": Config(),
+    "mnist": Config(
+        data=ImageData("mnist"),
+        epochs=10,
+        batch_size=100,
+        eval_batch_size=200,
+        network=Network(channels=32, inner_channels=48, pool=7),
+    ),
+    # The network and the training of the Deep Implicit Layers tutorial, chapter 4.
+    "cifar10": Config(
+        data=ImageData("cifar10"),
+        epochs=50,
+        batch_size=100,
+        eval_batch_size=200,
+        network=Network(channels=48, inner_channels=64, pool=8),
+    ),
+}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
+    """Reads a command line, see `parse`."""
+    return parse(PRESETS, "image_classification", arguments, __doc__)
+
+
+# ------------------------------------------------------------------------------- data and network
+
+
+def load(config: Config, run: RunFolder) -> tuple[ImageDataset, nnx.Module]:
+    """The images, and the network for them."""
+    del run
+    data = config.data
+    dataset = load_images(
+        data.name,
+        data_dir=data.dir,
+        image_size=data.size,
+        train_examples=data.train,
+        eval_examples=data.eval,
+        validation_fraction=data.validation,
         seed=config.seed,
-        progress=config.progress,
+        progress=config.run.progress,
     )
-    return prepare(config, dataset)
+    return dataset, build_model(config, dataset)
 
 
-def _describe(experiment: Experiment) -> str:
-    dataset = experiment.dataset
-    height, width, colours = dataset.image_shape
-    return (
-        f"{dataset.name}, {len(dataset.train):,} training and {len(dataset.evaluation):,} "
-        f"{dataset.evaluation_name} images of {height}x{width}x{colours}, "
-        f"{dataset.num_classes} classes"
-    )
+def build_model(
+    config: Config, dataset: ImageDataset
+) -> ConvDEQ | WeightTiedConvNet | ExplicitConvNet:
+    """The network for a data set, initialised by the seed, in training mode."""
+    options = dataclasses.asdict(config.network) | {
+        "image_shape": dataset.image_shape,
+        "num_classes": dataset.num_classes,
+        # Dropout draws from a stream of its own; the initial weights are the same with and without.
+        "rngs": nnx.Rngs(config.seed, dropout=config.seed + 1),
+    }
+    try:
+        if config.model == "weight_tied":
+            return WeightTiedConvNet(depth=config.depth, **options)
+        if config.model == "explicit":
+            return ExplicitConvNet(depth=config.depth, **options)
+        learned = config.tools.start == "learned"
+        return ConvDEQ(learned_start=learned, **config.layer(), **options)
+    except ValueError as error:  # such as a pool that does not divide the image
+        raise UsageError(f"--network does not fit {dataset.name}: {error}") from error
 
 
-def _traced(experiment: Experiment) -> Batch:
-    dataset = experiment.dataset
-    taken = dataset.evaluation.take(np.arange(min(_TRACED_IMAGES, len(dataset.evaluation))))
-    return Batch(to_float(jnp.asarray(taken.images), dataset.white), taken.labels)
-
-
-def _summary(result: Record) -> str:
-    name = result["evaluation"]
-    return f"{name} accuracy {result[f'{name}_accuracy']:.3f}"
+# --------------------------------------------------------------------------------------------- run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line `arguments` and returns the exit code, see `script.exit_code`.
+    """Runs the command line `arguments` and returns the exit code, see `exit_code`.
 
     Raises:
         SystemExit: with code 2, after a message, if the command line is bad.
     """
-    return exit_code(run, parse(arguments))
+    config = parse_arguments(arguments)
+    with exit_code() as code:
+        folder = pathlib.Path(config.data.name).name
+        result = train("image_classification", config, arguments, load, folder)
+        name = result["evaluation"]
+        print(f"{name} accuracy {result[f'{name}_accuracy']:.3f}")
+    return code[0]
 
 
 if __name__ == "__main__":

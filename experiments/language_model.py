@@ -1,87 +1,239 @@
-"""Trains a deep equilibrium language model, or one of its controls, on a text.
+"""Trains a deep equilibrium language model, or a control of it, on a text.
 
     python -m experiments.language_model --help
-    python -m experiments.language_model --data-dir DIR
-    python -m experiments.language_model --text FILE.txt --level words --vocabulary-size 10000
+    python -m experiments.language_model --data.dir DIR
+    python -m experiments.language_model --data.name FILE.txt --data.level words --data.vocabulary 10000
+
+The first word is a preset: cpu (a context of 64 characters, the default) or accelerator (256). The
+same command again goes on with a run that was interrupted.
 
 Leaves in the run's folder: `config.json`, `vocabulary.json`, `metrics.jsonl` (a line an epoch),
 `checkpoints/`, `curves.png`, `residuals.png`, and when it is finished `result.json`.
 `experiments.generate` writes text with what was trained.
 """
 
+import dataclasses
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
-from experiments.data.text import load_text, windows
-from experiments.train.experiment import Experiment
-from experiments.train.language_config import Config, parse
-from experiments.train.language_experiment import prepare
-from experiments.train.runs import RunDirectory
-from experiments.train.script import Script, exit_code
-from experiments.train.totals import Record
-from experiments.train.training import Batch
+from deq_jax import Anderson
+from deq_jax.stability import JacobianRegularization
+from experiments.data import Batch
+from experiments.data.text import TextDataset, crops, load_text, stream_steps, streams, windows
+from experiments.data.vocabulary import Level
+from experiments.train.command import exit_code, train
+from experiments.train.config import Optim, Stability, group, parse, require, require_all
+from experiments.train.metrics import Record
+from experiments.train.runs import RunFolder
+from experiments.train.sequences import (
+    SequenceConfig,
+    SequenceNetwork,
+    Transformer,
+    build_model,
+)
 
-_TRACED_SEQUENCES = 32
+# ---------------------------------------------------------------------------------------- settings
 
 
-def run(config: Config) -> int:
-    """Trains, or goes on with training, until the end or a signal; see `Script.run`."""
-    return Script("language_model", load, _describe, _traced, _summary).run(config)
+@dataclasses.dataclass(frozen=True)
+class TextData:
+    """The text.
+
+    Attributes:
+        name: name of a prepared data set with one text feature, or a plain text file.
+        dir: folder of prepared data sets. None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
+        level: what a token is, characters or words.
+        vocabulary: most tokens; at level words the rarer ones become <unk>. None: all.
+        evaluation: the last such share of the text is evaluated on, not trained on.
+        validation: hold out the last such share of what is trained on, and report on it instead,
+            to choose settings without looking at the end of the text.
+        train: train on the first so many tokens. None: all.
+        eval: report on the first so many tokens. None: all.
+        length: tokens in a training sequence, the context.
+        steps_per_epoch: steps between two lines of the report. None: so many that as many tokens
+            were seen as there are.
+    """
+
+    name: str = "tiny_shakespeare"
+    dir: str | None = None
+    level: Level = "characters"
+    vocabulary: int | None = None
+    evaluation: float = 0.1
+    validation: float = 0.0
+    train: int | None = None
+    eval: int | None = None
+    length: int = 64
+    steps_per_epoch: int | None = None
+
+    def __post_init__(self) -> None:
+        counts = ("vocabulary", "train", "eval", "length", "steps_per_epoch")
+        require_all(self, counts, lambda v: v >= 1, "at least 1", "data.")
+        share = self.evaluation
+        require(0 < share < 1, "data.evaluation", "above 0 and below 1", share)
+        share = self.validation
+        require(0 <= share < 1, "data.validation", "at least 0 and below 1", share)
 
 
-def load(config: Config, directory: RunDirectory) -> Experiment:
-    """The text, with the run's vocabulary, and all that is trained on it."""
-    dataset = load_text(
-        config.text,
-        data_dir=config.data_dir,
-        level=config.level,
-        vocabulary_size=config.vocabulary_size,
-        evaluation_fraction=config.evaluation_fraction,
-        validation_fraction=config.validation_fraction,
-        train_tokens=config.train_tokens,
-        eval_tokens=config.eval_tokens,
-        vocabulary_path=directory.vocabulary,
+@dataclasses.dataclass(frozen=True)
+class Config(SequenceConfig):
+    """The settings.
+
+    Attributes:
+        data: the text.
+    """
+
+    data: group(TextData) = TextData()
+
+
+_CPU = Config(
+    epochs=8,
+    batch_size=24,
+    eval_batch_size=32,
+    eval_every=2,
+    depth=8,
+    optim=Optim(lr=2e-3, final_lr=1e-4, warmup=100, clip=1.0, beta2=0.99),
+    solver=Anderson(tol=3e-2, max_iter=16),
+    stability=Stability(jacobian=JacobianRegularization(0.2, probability=0.35)),
+    cell=Transformer(heads=6),
+    network=SequenceNetwork(features=192, hidden_features=768),
+    data=TextData(steps_per_epoch=250),
+)
+PRESETS = {
+    "cpu": _CPU,
+    "accelerator": dataclasses.replace(
+        _CPU,
+        epochs=20,
+        batch_size=64,
+        optim=dataclasses.replace(_CPU.optim, lr=1e-3),
+        solver=Anderson(tol=3e-2, max_iter=24),
+        cell=Transformer(heads=12),
+        network=SequenceNetwork(features=768, hidden_features=3072, dropout=0.2),
+        data=TextData(steps_per_epoch=250, length=256),
+    ),
+}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
+    """Reads a command line, see `parse`."""
+    return parse(PRESETS, "language_model", arguments, __doc__)
+
+
+# ------------------------------------------------------------------------------- data and network
+
+
+@dataclasses.dataclass(frozen=True)
+class TextBatches:
+    """The batches of a text: random windows, or, for a network with memory, contiguous streams.
+
+    Attributes:
+        text: the text.
+        config: the settings.
+        evaluation_name: what is reported on.
+        white: of no meaning for tokens.
+    """
+
+    text: TextDataset
+    config: Config
+    evaluation_name: str = "validation"
+    white: int = 1
+
+    def checksum(self) -> int:
+        """CRC-32 of the tokens and the vocabulary."""
+        return self.text.checksum()
+
+    def describe(self) -> str:
+        """What the text is, in a line."""
+        text = self.text
+        return (
+            f"{text.name}, {len(text.train):,} training and {len(text.evaluation):,} "
+            f"{text.evaluation_name} {text.vocabulary.level}, {len(text.vocabulary):,} different "
+            "ones"
+        )
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Steps in an epoch."""
+        tokens, length = len(self.text.train), self.config.data.length
+        if self.config.data.steps_per_epoch is not None:
+            return self.config.data.steps_per_epoch
+        if self.config.network.memory:
+            return stream_steps(tokens, length=length, count=batch_size)
+        return max(1, tokens // (length * batch_size))
+
+    def train_batches(
+        self, batch_size: int, *, seed: int, epoch: int, start: int = 0
+    ) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on."""
+        tokens, length = self.text.train, self.config.data.length
+        per_epoch = self.steps_per_epoch(batch_size)
+        counts = np.ones((batch_size, length), bool)
+        for step in range(epoch * per_epoch + start, (epoch + 1) * per_epoch):
+            if self.config.network.memory:
+                segment = step % stream_steps(len(tokens), length=length, count=batch_size)
+                found = streams(tokens, length=length, count=batch_size, step=segment)
+                yield Batch(*found, counts, np.full(batch_size, segment == 0))
+            else:
+                found = crops(tokens, length=length, count=batch_size, seed=seed, step=step)
+                yield Batch(*found, counts)
+
+    def evaluation_batches(self, batch_size: int, *, multiple_of: int = 1) -> Iterator[Batch]:
+        """Each token of the part that is reported on as a target, exactly once."""
+        del multiple_of  # windows fill up every batch
+        contiguous = self.config.network.memory > 0
+        length = self.config.data.length
+        for found in windows(
+            self.text.evaluation, length=length, count=batch_size, contiguous=contiguous
+        ):
+            yield Batch(*found)
+
+    def figures(self, record: Record) -> Record:
+        """Perplexity, and bits per character whatever a token is."""
+        nats = record[f"{self.evaluation_name}_loss"]
+        bits = nats / math.log(2) / self.text.characters_per_token
+        return {
+            f"{self.evaluation_name}_perplexity": math.exp(min(nats, 700.0)),
+            f"{self.evaluation_name}_bits_per_character": bits,
+        }
+
+
+def load(config: Config, run: RunFolder) -> tuple[TextBatches, nnx.Module]:
+    """The text, with the run's vocabulary, and the network for it."""
+    data = config.data
+    text = load_text(
+        data.name,
+        data_dir=data.dir,
+        level=data.level,
+        vocabulary_size=data.vocabulary,
+        evaluation_fraction=data.evaluation,
+        validation_fraction=data.validation,
+        train_tokens=data.train,
+        eval_tokens=data.eval,
+        vocabulary_path=run.vocabulary,
     )
-    return prepare(config, dataset)
+    return TextBatches(text, config), build_model(config, len(text.vocabulary))
 
 
-def _describe(experiment: Experiment) -> str:
-    dataset = experiment.dataset
-    return (
-        f"{dataset.name}, {len(dataset.train):,} training and {len(dataset.evaluation):,} "
-        f"{dataset.evaluation_name} {dataset.vocabulary.level}, {len(dataset.vocabulary):,} "
-        "different ones"
-    )
-
-
-def _traced(experiment: Experiment) -> Batch:
-    length = experiment.config.length
-    inputs, targets, counts = next(
-        windows(experiment.dataset.evaluation, length=length, count=_TRACED_SEQUENCES)
-    )
-    whole = counts.all(1)
-    chosen = whole if whole.any() else counts.any(1)
-    return Batch(jnp.asarray(inputs[chosen]), targets[chosen])
-
-
-def _summary(result: Record) -> str:
-    name = result["evaluation"]
-    return (
-        f"{name} loss {result[f'{name}_loss']:.4f} nats a token, "
-        f"perplexity {result[f'{name}_perplexity']:.2f}, "
-        f"{result[f'{name}_bits_per_character']:.3f} bits a character"
-    )
+# --------------------------------------------------------------------------------------------- run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line `arguments` and returns the exit code, see `script.exit_code`.
+    """Runs the command line `arguments` and returns the exit code, see `exit_code`.
 
     Raises:
         SystemExit: with code 2, after a message, if the command line is bad.
     """
-    return exit_code(run, parse(arguments))
+    config = parse_arguments(arguments)
+    with exit_code() as code:
+        result = train("language_model", config, arguments, load, "language_model")
+        print(
+            f"validation loss {result['validation_loss']:.4f} nats a token, "
+            f"perplexity {result['validation_perplexity']:.2f}, "
+            f"{result['validation_bits_per_character']:.3f} bits a character"
+        )
+    return code[0]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from typing import Annotated
 import tyro
 
 from experiments.data.prepared import default_data_dir
-from experiments.train.errors import ExperimentError, MissingExtraError, UsageError
+from experiments.train.command import exit_code
+from experiments.train.errors import MissingExtraError, UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +62,9 @@ def prepare(config: Config) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line `arguments` and returns the exit code."""
     config = tyro.cli(Config, description=__doc__, args=arguments)
-    try:
+    with exit_code() as code:
         print(f"prepared in {prepare(config)}")
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return code[0]
 
 
 if __name__ == "__main__":

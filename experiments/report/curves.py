@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from deq_jax.plotting import plot_residuals
-from experiments.train.totals import Record
+from experiments.train.metrics import Record
 
 _PANELS = {
     "loss": ("train_loss", "validation_loss", "test_loss"),

@@ -8,13 +8,13 @@ import numpy as np
 from flax import nnx
 
 from deq_jax import Implicit, Solver, solve_adjoint, solve_fixed_point
-from experiments.train.objective import EquilibriumModel, cross_entropy
+from experiments.train.step import cross_entropy
 
 PyTree = Any
 
 
 def residual_traces(
-    model: EquilibriumModel, inputs: PyTree, targets: jax.Array
+    model: Any, inputs: PyTree, targets: jax.Array
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Residuals at each evaluation of the forward and, where it keeps a trace, the backward solve.
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from experiments.train.errors import CheckpointError
+
 PyTree = Any
 
 _KEPT = 2
@@ -43,18 +45,27 @@ class Checkpoints:
         Args:
             state: pytree of arrays.
             progress: anything that JSON can hold.
+
+        Raises:
+            CheckpointError: it could not be written; those before it are whole.
         """
         newest = self._manager.latest_step()
-        self._manager.save(
-            0 if newest is None else newest + 1,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_named_arrays(state)),
-                progress=ocp.args.JsonSave(progress),
-            ),
-        )
+        try:
+            self._manager.save(
+                0 if newest is None else newest + 1,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_named_arrays(state)),
+                    progress=ocp.args.JsonSave(progress),
+                ),
+            )
+        except (OSError, ValueError) as error:  # tensorstore raises ValueError for a full disk
+            raise CheckpointError(
+                f"cannot write a checkpoint to {self._manager.directory}: {_first_line(error)}. "
+                "Those before it are whole: the same command goes on from the newest of them"
+            ) from error
 
     def restore(self, template: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
-        """Reads the newest checkpoint.
+        """Reads the newest checkpoint, or, with a warning, the one before if it is damaged.
 
         Args:
             template: a pytree like the one saved; its arrays give shapes, dtypes and devices.
@@ -63,14 +74,37 @@ class Checkpoints:
             The state and its progress, or None if there is no checkpoint.
 
         Raises:
-            ValueError: the checkpoint's arrays are not those of `template`.
+            CheckpointError: there are checkpoints, but none can be read, or their arrays are not
+                those of `template`.
         """
-        newest = self._manager.latest_step()
-        if newest is None:
-            return None
+        failures: list[tuple[int, Exception]] = []
+        for number in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._restore(number, template)
+            # Orbax and tensorstore raise errors of many classes for damaged files.
+            except Exception as error:
+                failures.append((number, error))
+                continue
+            for damaged, error in failures:
+                print(
+                    f"warning: checkpoint {damaged} in {self._manager.directory} cannot be read "
+                    f"({_first_line(error)}); it is deleted, and checkpoint {number} is used",
+                    flush=True,
+                )
+                self._manager.delete(damaged)
+            return restored
+        if failures:
+            number, error = failures[0]
+            raise CheckpointError(
+                f"no checkpoint in {self._manager.directory} can be read with these settings; of "
+                f"checkpoint {number}: {_first_line(error)}"
+            ) from error
+        return None
+
+    def _restore(self, number: int, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
         arrays = _named_arrays(template)
         restored = self._manager.restore(
-            newest,
+            number,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(arrays), progress=ocp.args.JsonRestore()
             ),
@@ -98,6 +132,10 @@ class Checkpoints:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def _is_key(leaf: jax.Array) -> bool:

@@ -31,3 +31,24 @@ class NonFiniteError(ExperimentError, ArithmeticError):
     """A loss or gradient became NaN or infinite."""
 
     exit_code = 1
+
+
+class RunInUseError(ExperimentError):
+    """Another process is training in the run's folder."""
+
+
+class CheckpointError(ExperimentError, OSError):
+    """A checkpoint could not be written or read."""
+
+
+class Stopped(ExperimentError):
+    """Somebody asked the training to stop; all is saved.
+
+    Args:
+        message: where it stands.
+        exit_code: what a shell expects of a process ended by the signal.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code

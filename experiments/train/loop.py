@@ -1,19 +1,35 @@
 """The training loop: epochs of steps that can be interrupted and gone on with at any step."""
 
+import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import jax
-import optax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from experiments.train.advice import Trouble
+from experiments.data import Batch
+from experiments.train import metrics
 from experiments.train.checkpoints import Checkpoints
-from experiments.train.errors import NonFiniteError
-from experiments.train.logging import EpochBar, Reporter
+from experiments.train.config import DATA_AXIS, TrainingConfig
+from experiments.train.errors import NonFiniteError, RunMismatchError, Stopped, UsageError
+from experiments.train.metrics import Record, Totals
+from experiments.train.phases import evaluation_phase, training_phase
+from experiments.train.reporter import Reporter
+from experiments.train.runs import RunFolder
 from experiments.train.signals import GracefulStop
-from experiments.train.totals import Record, Totals
-from experiments.train.training import Batch, NumberedTrainStep, StopRequested, TrainState
+from experiments.train.step import (
+    TrainState,
+    definition_of,
+    initial_memory,
+    initial_state,
+    make_evaluate_batch,
+    make_train_step,
+)
 
 _LOOK_SECONDS = 0.25
 """How often the loop waits for the device, to show where it is and whether the loss is finite."""
@@ -22,29 +38,36 @@ _ENOUGH_STEPS = 10
 """Steps of an epoch after which its figures say something."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What is trained.
+class Dataset(Protocol):
+    """What is trained on; any class with these.
 
     Attributes:
-        epochs: number of epochs.
-        steps_per_epoch: steps in each of them.
-        batches: `batches(epoch, position)` yields the batches of an epoch from `position` on.
-        train_step: `train_step(state, batch, number)` takes the step with that number, from 0.
-        evaluate: `evaluate(state, stop)` gives figures to report, or None if `stop()` became true.
-        evaluate_every: epochs between evaluations; the last epoch is always evaluated.
-        schedule: learning rate at a step.
-        troubles: what a record of an epoch, or of the first steps of one, shows to be wrong.
+        evaluation_name: what the examples are that are reported on, such as `test`.
+        white: value of a white pixel, for images; 1 for all else.
     """
 
-    epochs: int
-    steps_per_epoch: int
-    batches: Callable[[int, int], Iterator[Batch]]
-    train_step: NumberedTrainStep
-    evaluate: Callable[[TrainState, StopRequested], Record | None]
-    evaluate_every: int
-    schedule: optax.Schedule
-    troubles: Callable[[Record], list[Trouble]] = lambda record: []
+    evaluation_name: str
+    white: int
+
+    def checksum(self) -> int:
+        """A number that tells it from other data."""
+
+    def describe(self) -> str:
+        """What the data are, in a line."""
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Steps in an epoch."""
+
+    def train_batches(
+        self, batch_size: int, *, seed: int, epoch: int, start: int = 0
+    ) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on: a function of the arguments alone."""
+
+    def evaluation_batches(self, batch_size: int, *, multiple_of: int = 1) -> Iterator[Batch]:
+        """Each example exactly once, in batches of one size, which `multiple_of` divides."""
+
+    def figures(self, record: Record) -> Record:
+        """Figures to report that follow from those of an evaluation."""
 
 
 @dataclasses.dataclass
@@ -66,130 +89,181 @@ class Progress:
     data: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Trainer:
-    """Trains, reports and saves.
+def fit(
+    config: TrainingConfig, model: Any, dataset: Dataset, run: RunFolder
+) -> tuple[Any, list[Record]]:
+    """Trains a network, or goes on with its training, to the last epoch.
 
-    Attributes:
-        task: what is trained.
-        checkpoints: where to save.
-        reporter: what to show.
-        stop: says when somebody asks to stop.
-        checkpoint_seconds: save this often besides each epoch's end; 0 for after each step.
-        show_bar: show a progress bar.
+    Args:
+        config: the settings.
+        model: the network as it was initialised, in training mode. With `config.is_deq` it has an
+            equilibrium layer `core`.
+        dataset: the data.
+        run: the folder of the run, which is open.
+
+    Returns:
+        The trained network in evaluation mode, and one record for each epoch.
+
+    Raises:
+        Stopped: somebody asked to stop; all is saved.
+        NonFiniteError: a loss or gradient was not finite. Nothing of it is saved.
+        ExperimentError: something else that the user can put right.
     """
+    # What is compiled: a step and an evaluation for each phase that comes up.
+    mesh = device_mesh(config.devices)
+    steps_per_epoch = dataset.steps_per_epoch(config.batch_size)
+    steps = config.epochs * steps_per_epoch
+    schedule, optimizer = config.optim.schedule(steps), config.optim.optimizer(steps)
 
-    task: Task
-    checkpoints: Checkpoints
-    reporter: Reporter
-    stop: GracefulStop
-    checkpoint_seconds: float
-    show_bar: bool
+    @functools.cache
+    def compiled_step(phase):
+        definition = definition_of(model, phase, training=True)
+        return make_train_step(config, definition, optimizer, phase, mesh, dataset.white)
 
-    def run(self, state: TrainState, progress: Progress) -> TrainState | None:
-        """Trains from `progress` to the last epoch.
+    @functools.cache
+    def compiled_evaluation(phase):
+        definition = definition_of(model, phase, training=False)
+        return make_evaluate_batch(definition, phase, mesh, dataset.white)
 
-        Args:
-            state: the state there; used up.
-            progress: updated in place.
-
-        Returns:
-            The trained state, or None if it was asked to stop; then all is saved.
-
-        Raises:
-            NonFiniteError: a loss or gradient was not finite. Nothing of it is saved.
-        """
-        self.reporter.start(progress.history)
-        while progress.epoch < self.task.epochs:
-            started = time.monotonic() - progress.seconds
-            state = self._train_epoch(state, progress, started)
-            record = self._finish_epoch(state, progress, started)
-            if record is None:
-                self._save(state, progress, started)
+    def evaluate(state: TrainState) -> Record | None:
+        """The figures of the evaluation; None if it was stopped."""
+        phase = evaluation_phase(config, int(state.step))
+        solves = phase is not None and not phase.pretraining
+        carry = metrics.zeros(forward=solves), initial_memory(model, config.eval_batch_size)
+        batches = dataset.evaluation_batches(config.eval_batch_size, multiple_of=config.devices)
+        for batch in batches:
+            if stop.requested():
                 return None
-            progress.history.append(record)
-            progress.epoch, progress.position, progress.seconds = progress.epoch + 1, 0, 0.0
-            state = state._replace(totals=_cleared(state.totals))
-            # First the checkpoint, then the files: what they show is never ahead of it.
-            self._save(state, progress, time.monotonic())
-            self.reporter.epoch(progress.history)
-        return state
+            batch = place(batch, mesh, P(DATA_AXIS))
+            carry = compiled_evaluation(phase)(carry, state.params, state.rest, batch)
+        totals, name = jax.device_get(carry[0]), dataset.evaluation_name
+        record = metrics.loss_record(totals, name)
+        return record | dataset.figures(record) | metrics.solve_record(totals, f"{name}_")
 
-    def _train_epoch(self, state: TrainState, progress: Progress, started: float) -> TrainState:
-        """Takes the remaining steps of the epoch, or as many as there is leave for."""
-        bar = EpochBar(
-            f"epoch {progress.epoch + 1}/{self.task.epochs}",
-            steps=self.task.steps_per_epoch,
-            done=progress.position,
-            shown=self.show_bar,
-        )
-        warned = False
-        looked = saved = time.monotonic()
-        previous = None
-        try:
-            for batch in self.task.batches(progress.epoch, progress.position):
-                if self.stop.requested():
+    def save() -> None:
+        look(state, progress)
+        progress.seconds = time.monotonic() - started
+        checkpoints.save(state, dataclasses.asdict(progress))
+
+    with contextlib.ExitStack() as stack:
+        # Where the run stands.
+        if mesh is not None:
+            stack.enter_context(jax.set_mesh(mesh))  # where a DEQ layer looks for the axis
+        stop = stack.enter_context(GracefulStop())
+        checkpoints = stack.enter_context(Checkpoints(run.checkpoints))
+        state = place(initial_state(config, model, optimizer), mesh, P())
+        progress = Progress(data=dataset.checksum())
+        if (restored := checkpoints.restore(state)) is not None:
+            state, progress = restored[0], Progress(**restored[1])
+            print(f"going on in epoch {progress.epoch + 1} after step {progress.position}")
+        if progress.data != dataset.checksum():
+            raise RunMismatchError(
+                "this run was trained on other data than there are now; start over with "
+                "--run.fresh, or choose another --run.dir"
+            )
+        reporter = stack.enter_context(Reporter(config, run, progress.history))
+
+        for epoch in range(progress.epoch, config.epochs):
+            # The steps of an epoch.
+            started = time.monotonic() - progress.seconds
+            looked = saved = time.monotonic()
+            waited_for = None
+            bar = reporter.bar(epoch, steps_per_epoch, progress.position)
+            for batch in dataset.train_batches(
+                config.batch_size, seed=config.seed, epoch=epoch, start=progress.position
+            ):
+                if stop.requested():
                     break
-                number = progress.epoch * self.task.steps_per_epoch + progress.position
-                state, metrics = self.task.train_step(state, batch, number)
+                phase = training_phase(config, epoch * steps_per_epoch + progress.position, steps)
+                state, loss = compiled_step(phase)(state, place(batch, mesh, P(DATA_AXIS)))
                 progress.position += 1
                 # Waiting for the step before keeps the device busy with this one, and keeps the
                 # host from queueing the whole epoch, after which nobody could stop it.
-                jax.block_until_ready(previous)
-                previous = metrics
-                now = time.monotonic()
-                if now - looked >= _LOOK_SECONDS:
-                    totals = self._look(state, progress)
+                jax.block_until_ready(waited_for)
+                waited_for = loss
+                if time.monotonic() - looked >= _LOOK_SECONDS:
+                    totals = look(state, progress)
                     bar.show(progress.position, totals)
-                    if not warned and progress.position >= _ENOUGH_STEPS:
-                        warned = self._warn(totals.solver_record(), progress)
+                    if progress.position >= _ENOUGH_STEPS:
+                        reporter.advise(epoch, totals)
                     looked = time.monotonic()
-                if now - saved >= self.checkpoint_seconds:
-                    self._save(state, progress, started)
+                if time.monotonic() - saved >= config.run.save_every:
+                    save()
                     saved = time.monotonic()
-        finally:
             bar.close()
-        return state
 
-    def _finish_epoch(self, state: TrainState, progress: Progress, started: float) -> Record | None:
-        """The record of a finished epoch; None if it is not finished because of a stop."""
-        totals = self._look(state, progress)
-        if progress.position < self.task.steps_per_epoch:
-            return None
-        epoch, step = progress.epoch + 1, int(state.step)
-        record: Record = {"epoch": epoch, "step": step} | totals.record("train")
-        if epoch % self.task.evaluate_every == 0 or epoch == self.task.epochs:
-            evaluated = self.task.evaluate(state, self.stop.requested)
+            # Its figures.
+            totals = look(state, progress)
+            evaluated: Record | None = {}
+            last = epoch + 1 == config.epochs
+            if progress.position < steps_per_epoch:
+                evaluated = None
+            elif last or (epoch + 1) % config.eval_every == 0:
+                evaluated = evaluate(state)
             if evaluated is None:
-                return None
-            record |= evaluated
-        record |= totals.solver_record()
-        record["learning_rate"] = float(self.task.schedule(step - 1))
-        record["seconds"] = time.monotonic() - started
-        self._warn(record, progress)
-        return record
+                save()
+                raise Stopped(
+                    f"stopped in epoch {epoch + 1}, step {progress.position}, and saved; the same "
+                    "command goes on from there",
+                    stop.exit_code,
+                )
+            record: Record = {"epoch": epoch + 1, "step": int(state.step)}
+            record |= metrics.loss_record(totals, "train") | evaluated
+            record |= metrics.solve_record(totals)
+            record["learning_rate"] = float(schedule(int(state.step) - 1))
+            record["seconds"] = time.monotonic() - started
+            reporter.advise(epoch, totals)
 
-    def _warn(self, record: Record, progress: Progress) -> bool:
-        """Says what is wrong in words; whether something is."""
-        troubles = self.task.troubles(record)
-        self.reporter.warn(progress.epoch + 1, troubles)
-        return bool(troubles)
+            # First the checkpoint, then the files: what they show is never ahead of it.
+            progress = Progress(epoch + 1, 0, 0.0, [*progress.history, record], progress.data)
+            empty = metrics.zeros(forward=config.is_deq, backward=config.reports_backward)
+            state = state._replace(totals=place(empty, mesh, P()))
+            started = time.monotonic()
+            save()
+            reporter.epoch(progress.history)
 
-    def _save(self, state: TrainState, progress: Progress, started: float) -> None:
-        self._look(state, progress)
-        progress.seconds = time.monotonic() - started
-        self.checkpoints.save(state, dataclasses.asdict(progress))
-
-    def _look(self, state: TrainState, progress: Progress) -> Totals:
-        """The epoch's totals so far, on the host, if all is well."""
-        totals = jax.device_get(state.totals)
-        if totals.failed_step >= 0:
-            raise NonFiniteError(
-                f"the loss or its gradient became NaN or infinite in epoch {progress.epoch + 1}, "
-                f"step {int(totals.failed_step) + 1}; try a smaller --learning-rate"
-            )
-        return totals
+    return trained_model(config, model, state), progress.history
 
 
-def _cleared(totals: Totals) -> Totals:
-    return Totals.zeros(solves=totals.forward is not None, gradients=totals.backward is not None)
+def trained_model(config: TrainingConfig, model: Any, state: TrainState) -> Any:
+    """The network with the values of a state, in evaluation mode."""
+    definition = definition_of(model, evaluation_phase(config, 0), training=False)
+    return nnx.merge(definition, state.params, state.rest, copy=True)
+
+
+def look(state: TrainState, progress: Progress) -> Totals:
+    """The epoch's totals so far, on the host, if all is well."""
+    totals = jax.device_get(state.totals)
+    if totals["failed"] < metrics.NEVER:
+        raise NonFiniteError(
+            f"the loss or its gradient became NaN or infinite in epoch {progress.epoch + 1}, "
+            f"step {int(totals['failed']) + 1}; try a smaller --optim.lr"
+        )
+    return totals
+
+
+def device_mesh(count: int) -> Mesh | None:
+    """A mesh of the first `count` devices with the axis `data`; None for a single one.
+
+    On the CPU there are as many virtual devices as are asked for before JAX is first used.
+
+    Raises:
+        UsageError: there are not so many; the message names the flag.
+    """
+    if count == 1:
+        return None
+    with contextlib.suppress(RuntimeError):  # in use already: take what there is
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices()
+    if len(devices) < count:
+        raise UsageError(
+            f"--devices must be at most {len(devices)}, the number of {devices[0].platform} "
+            f"devices here, got {count}"
+        )
+    auto = (AxisType.Auto,)
+    return jax.make_mesh((count,), (DATA_AXIS,), axis_types=auto, devices=devices[:count])
+
+
+def place(values: Any, mesh: Mesh | None, spec: P) -> Any:
+    """The arrays on the devices of the mesh: `P()` whole on each, `P("data")` split on axis 0."""
+    return values if mesh is None else jax.device_put(values, NamedSharding(mesh, spec))

@@ -1,15 +1,20 @@
 """The folder of a run: its files, whose settings they come from, and what may be continued."""
 
+import contextlib
+import dataclasses
+import fcntl
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from experiments.train.errors import RunMismatchError
+from experiments.train.errors import RunInUseError, RunMismatchError
 
-_ABSENT = "absent"
+_IRRELEVANT = ("run", "data.dir")
+"""Settings with which a run may be gone on with although they differ: the result does not depend
+on them. What `data.dir` holds is compared by its checksum."""
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -19,12 +24,23 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def flag_of(field: str) -> str:
-    """The flag on the command line that sets a field: `--batch-size` for `batch_size`."""
-    return "--" + field.replace("_", "-")
+def flat_settings(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings by the names that their flags have: `optim.lr`, `solver`, `solver.history`.
+
+    The value of a choice is the name of its class; functions, which no flag sets, are left out.
+    """
+    settings: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            settings[name] = type(value).__name__
+            settings |= flat_settings(value, f"{name}.")
+        elif not callable(value):
+            settings[name] = value
+    return settings
 
 
-class RunDirectory:
+class RunFolder:
     """The files of one run.
 
     Args:
@@ -42,59 +58,94 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
 
+    @contextlib.contextmanager
     def open(
-        self,
-        config: Mapping[str, Any],
-        *,
-        irrelevant: frozenset[str] = frozenset(),
-        environment: Mapping[str, Any] | None = None,
-        script: str | None = None,
-        fresh: bool = False,
-    ) -> None:
-        """Starts a run here or checks that the one here has the same settings.
+        self, script: str, config: Any, arguments: Sequence[str], environment: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """Starts a run here, or checks that the one here has the same settings; then holds it.
 
         Args:
-            config: the settings, anything that JSON can hold.
-            irrelevant: settings that do not change the result, which need not agree.
+            script: name of the command in `experiments`.
+            config: its settings.
+            arguments: its command line, with which the settings are made again.
             environment: recorded next to the settings of a new run; need not agree.
-            script: name of the script that the run is of, recorded likewise; None for none.
-            fresh: delete the run that is here; only its own files go.
 
         Raises:
-            RunMismatchError: the run here is of another script or has other settings; the message
+            RunMismatchError: the run here is of another command or has other settings; the message
                 names them.
+            RunInUseError: another process has this folder open.
         """
-        if fresh:
-            self._delete()
         self.path.mkdir(parents=True, exist_ok=True)
-        config = json.loads(json.dumps(config))
-        if not self._has_checkpoint():
+        with self._locked():
+            if config.run.fresh:
+                self._delete()
+            self._check(script, config, arguments, environment)
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self.path / ".lock", "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunInUseError(
+                    f"another process is training in {self.path}; wait for it, or choose another "
+                    "folder with --run.dir"
+                ) from None
+            yield  # the lock goes when the file is closed, also when the process is killed
+
+    def _check(
+        self, script: str, config: Any, arguments: Sequence[str], environment: Mapping[str, Any]
+    ) -> None:
+        settings = json.loads(json.dumps(flat_settings(config)))
+        document = {
+            "script": script,
+            "arguments": list(arguments),
+            "config": settings,
+            "environment": dict(environment),
+        }
+        text = json.dumps(document, indent=2) + "\n"
+        if not self.has_checkpoint():
             # Nothing was trained here yet, or a deletion was cut short. In particular, somebody
             # who corrects a flag that was refused does not meet the refused one again.
             self._delete()
-            document = {"config": config, "environment": dict(environment or {})}
-            if script is not None:
-                document = {"script": script, **document}
-            write_atomically(self.config, json.dumps(document, indent=2) + "\n")
+            write_atomically(self.config, text)
             return
-        document = json.loads(self.config.read_text(encoding="utf-8"))
-        # Runs from before scripts were recorded have no name of one.
-        if script is not None and document.get("script", script) != script:
+        earlier = json.loads(self.config.read_text(encoding="utf-8"))
+        if "arguments" not in earlier:
             raise RunMismatchError(
-                f"{self.path} holds a run of experiments.{document['script']}, not of "
-                f"experiments.{script}. Start over with --fresh, or choose another --run-dir"
+                f"{self.path} holds a run of deq_jax 0.2 or older; start over with --run.fresh, or "
+                "choose another --run.dir"
             )
-        earlier = document["config"]
-        differing = [
-            f"{flag_of(name)} was {earlier.get(name, _ABSENT)}, is now {config.get(name, _ABSENT)}"
-            for name in sorted(earlier.keys() | config.keys())
-            if name not in irrelevant and earlier.get(name, _ABSENT) != config.get(name, _ABSENT)
-        ]
+        if earlier["script"] != script:
+            raise RunMismatchError(
+                f"{self.path} holds a run of experiments.{earlier['script']}, not of "
+                f"experiments.{script}. Start over with --run.fresh, or choose another --run.dir"
+            )
+        differing = differences(earlier["config"], settings)
+        if config.run.elastic and "devices" in differing:
+            print(
+                f"note: {differing.pop('devices')}: sums over the batch are taken in another order "
+                "from here on, and dropout draws other masks"
+            )
+            if not differing:
+                write_atomically(self.config, text)
+        elif list(differing) == ["devices"]:
+            raise RunMismatchError(
+                f"{self.path} holds a run in which {differing['devices']}; --run.elastic goes on "
+                "with it all the same, to the same accuracy but not to the same bits"
+            )
         if differing:
             raise RunMismatchError(
-                f"{self.path} holds a run with other settings: {'; '.join(differing)}. Go on with "
-                "its settings, start over with --fresh, or choose another --run-dir"
+                f"{self.path} holds a run with other settings: {'; '.join(differing.values())}. "
+                "Go on with its settings, start over with --run.fresh, or choose another --run.dir"
             )
+
+    def has_checkpoint(self) -> bool:
+        """Whether something was trained here."""
+        return self.config.exists() and any(
+            folder.name.isdecimal() for folder in self.checkpoints.glob("*")
+        )
 
     def read_result(self) -> dict[str, Any] | None:
         """What a finished run came to; None for a run that is not finished."""
@@ -106,11 +157,6 @@ class RunDirectory:
         """Marks the run as finished."""
         write_atomically(self.result, json.dumps(result, indent=2) + "\n")
 
-    def _has_checkpoint(self) -> bool:
-        return self.config.exists() and any(
-            folder.name.isdecimal() for folder in self.checkpoints.glob("*")
-        )
-
     def _delete(self) -> None:
         # The result goes first, as it would mark the run as finished, and the settings last: while
         # they are there, the rest is theirs.
@@ -120,3 +166,13 @@ class RunDirectory:
                 shutil.rmtree(folder)
         for file in (self.metrics, self.curves, self.residuals, self.vocabulary, self.config):
             file.unlink(missing_ok=True)
+
+
+def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """In which settings two runs differ, in words, by the settings' names."""
+    return {
+        name: f"{name} was {earlier.get(name, 'absent')}, is now {now.get(name, 'absent')}"
+        for name in sorted(earlier.keys() | now.keys())
+        if earlier.get(name, "absent") != now.get(name, "absent")
+        and not any(name == other or name.startswith(f"{other}.") for other in _IRRELEVANT)
+    }

@@ -10,81 +10,71 @@ from typing import Any
 
 import tqdm
 
+from deq_jax import diagnose
+from deq_jax.stability import Limits
 from experiments.report.curves import draw_curves
-from experiments.train.advice import Trouble, text
+from experiments.train import metrics
+from experiments.train.config import TrainingConfig
 from experiments.train.errors import MissingExtraError
-from experiments.train.runs import RunDirectory, write_atomically
-from experiments.train.totals import Record, Totals
+from experiments.train.metrics import Record, Totals
+from experiments.train.runs import RunFolder, write_atomically
 
 _REDRAW_SECONDS = 30.0
-
 _BAR_SECONDS = 10.0
 """Between two refreshes of a bar that goes to a file, where each one is a line."""
 
 
-class EpochBar:
-    """Progress of one epoch with its running loss, accuracy and evaluations.
-
-    Args:
-        description: text before the bar.
-        steps: steps in the epoch.
-        done: steps already taken.
-        shown: whether there is a bar at all.
-    """
-
-    def __init__(self, description: str, *, steps: int, done: int, shown: bool):
-        self._bar = tqdm.tqdm(
-            desc=description,
-            total=steps,
-            initial=done,
-            unit="step",
-            leave=False,
-            disable=not shown,
-            mininterval=0.1 if sys.stderr.isatty() else _BAR_SECONDS,
-        )
+class EpochBar(tqdm.tqdm):
+    """Progress of one epoch with its running loss, accuracy and evaluations."""
 
     def show(self, done: int, totals: Totals) -> None:
         """Moves to `done` steps; `totals` are on the host."""
-        texts = {name: f"{value:.3f}" for name, value in totals.record("train").items()}
-        solver = totals.solver_record()
-        for name in ("forward", "backward"):
-            if f"{name}_evaluations" in solver:
-                texts[name] = f"{solver[f'{name}_evaluations']:.1f}"
-        self._bar.set_postfix(
-            {name.removeprefix("train_"): text for name, text in texts.items()}, refresh=False
-        )
-        self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        """Takes the bar away."""
-        self._bar.close()
+        shown = {
+            name.removeprefix("train_"): f"{value:.3f}"
+            for name, value in metrics.loss_record(totals, "train").items()
+        }
+        for name, value in metrics.solve_record(totals).items():
+            if name.endswith("_evaluations"):
+                shown[name.removesuffix("_evaluations")] = f"{value:.1f}"
+        self.set_postfix(shown, refresh=False)
+        self.update(done - self.n)
 
 
 class Reporter:
     """Reports the epochs of a run.
 
-    The history passed in, which comes from the checkpoint, is the truth: files are rewritten from
-    it, so that after a resumption they hold no epoch twice and none that was lost.
+    The history, which comes from the checkpoint, is the truth: files are rewritten from it, so that
+    after a resumption they hold no epoch twice and none that was lost.
 
     Args:
+        config: the settings.
         run: where the files go.
-        tensorboard: write TensorBoard events as well.
+        history: the epochs done so far.
 
     Raises:
-        MissingExtraError: `tensorboard` without tensorboardX.
+        MissingExtraError: TensorBoard events are asked for and tensorboardX is not installed.
     """
 
-    def __init__(self, run: RunDirectory, *, tensorboard: bool = False):
-        self._run = run
+    def __init__(self, config: TrainingConfig, run: RunFolder, history: Sequence[Record]):
+        self._config, self._run = config, run
         self._drawn = time.monotonic()
         self._explained: dict[str, int] = {}
-        self._writer = _open_tensorboard(run) if tensorboard else None
-
-    def start(self, history: Sequence[Record]) -> None:
-        """Brings the files to the epochs done so far."""
+        self._writer = _open_tensorboard(run) if config.run.tensorboard else None
         self._write_metrics(history)
         for record in history:
             self._write_events(record)
+
+    def bar(self, epoch: int, steps: int, done: int) -> EpochBar:
+        """The progress bar of an epoch, counted from 0, of which so many steps are done."""
+        return EpochBar(
+            desc=f"epoch {epoch + 1}/{self._config.epochs}",
+            total=steps,
+            initial=done,
+            unit="step",
+            leave=False,
+            disable=not self._config.run.progress,
+            mininterval=0.1 if sys.stderr.isatty() else _BAR_SECONDS,
+        )
 
     def epoch(self, history: Sequence[Record]) -> None:
         """Reports the newest epoch, the last one of `history`."""
@@ -95,30 +85,44 @@ class Reporter:
             draw_curves(history, self._run.curves)
             self._drawn = time.monotonic()
 
-    def warn(self, epoch: int, troubles: Sequence[Trouble]) -> None:
-        """Says what is wrong: with advice the first time, then in a line, once an epoch."""
-        for trouble in troubles:
-            last = self._explained.get(trouble.title)
+    def advise(self, epoch: int, totals: Totals) -> None:
+        """Says what is wrong with the solves: with advice the first time, then once an epoch."""
+        forward = metrics.solve_summary(totals, "forward")
+        if forward is None:
+            return
+        findings = diagnose(
+            forward,
+            metrics.solve_summary(totals, "backward"),
+            solver=self._config.solver,
+            gradient=self._config.gradient_policy(),
+            limits=Limits(converged=self._config.run.warn_below),
+        )
+        for finding in findings:
+            last = self._explained.get(finding.title)
             if last is None:
-                tqdm.tqdm.write(text(trouble))
+                tqdm.tqdm.write(f"warning: {finding}")
             elif last < epoch:
-                tqdm.tqdm.write(f"warning: {trouble.title}: {trouble.evidence}")
-            self._explained[trouble.title] = epoch
+                tqdm.tqdm.write(f"warning: {finding.title}: {finding.evidence}")
+            self._explained[finding.title] = epoch
 
-    def close(self) -> None:
-        """Finishes the event file."""
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if self._writer is not None:
             self._writer.close()
 
     def _write_metrics(self, history: Sequence[Record]) -> None:
-        lines = [json.dumps(_finite(record), allow_nan=False) + "\n" for record in history]
+        lines = []
+        for record in history:
+            # JSON has no NaN and no infinity.
+            finite = {name: v if math.isfinite(v) else None for name, v in record.items()}
+            lines.append(json.dumps(finite, allow_nan=False) + "\n")
         write_atomically(self._run.metrics, "".join(lines))
 
     def _write_events(self, record: Record) -> None:
-        if self._writer is None:
-            return
         for name, value in record.items():
-            if name not in ("epoch", "step"):
+            if self._writer is not None and name not in ("epoch", "step"):
                 self._writer.add_scalar(name, value, record["step"])
 
 
@@ -145,17 +149,12 @@ def epoch_line(record: Record) -> str:
     return " | ".join(parts)
 
 
-def _finite(record: Record) -> dict[str, float | int | None]:
-    """The record with None for what JSON cannot hold."""
-    return {name: value if math.isfinite(value) else None for name, value in record.items()}
-
-
-def _open_tensorboard(run: RunDirectory) -> Any:
+def _open_tensorboard(run: RunFolder) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise MissingExtraError(
-            f"--tensorboard needs tensorboardX, which cannot be imported ({error}); install it "
+            f"--run.tensorboard needs tensorboardX, which cannot be imported ({error}); install it "
             "with\n    pip install -e '.[tensorboard]'"
         ) from error
     # Events are written anew from the history, as an earlier file may hold lost epochs.
