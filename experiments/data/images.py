@@ -1,56 +1,56 @@
-"""Image data sets, whole in memory as uint8, and splits of them that never change."""
+"""Images in batches: whole in memory if they fit, else decoded on the way by Grain.
 
+    dataset = load_images("cifar10", data_dir=DIR, validation_fraction=0.1)
+    for images, labels, counts in dataset.train_batches(128, seed=0, epoch=0):
+        ...
+
+A batch is a row of a plan, an array `[batches, B]` of positions that is written down before the
+first image is read. Training resumes at batch k by leaving out the first k rows, and each of
+several JAX processes takes its own columns. Together they see the batches that one would see alone.
+"""
+
+import concurrent.futures
 import dataclasses
+import json
+import math
 import os
 import pathlib
 import zlib
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
+import jax
 import numpy as np
+import tqdm
 
-from experiments.data.sources import Images, open_source
-from experiments.data.splits import fixed_split, seeded_subset
+from experiments.data.sources import Source, open_source
 from experiments.train.errors import UsageError
 
 DatasetName = Literal["digits", "mnist", "cifar10"]
 
+_TEST_FRACTION = 0.2
+_READ_AT_ONCE = 1000
 
-@dataclasses.dataclass(frozen=True)
-class ImageDataset:
-    """A training split and the split that is reported on.
+_SUBSET_STREAM = 1
+_ORDER_STREAM = 2
+"""Last words of the seeds below; without them two uses of one seed would draw the same numbers."""
+
+
+class Batch(NamedTuple):
+    """Examples that are processed together.
 
     Attributes:
-        name: name of the data set.
-        train: examples to train on.
-        evaluation: examples to report on.
-        evaluation_name: what they are, `test` or `validation`.
-        num_classes: number of classes.
-        white: pixel value that becomes 1.0.
+        inputs: `[B, H, W, C]` uint8.
+        targets: `[B]` int32, classes counted from 0.
+        counts: `[B]` bool; False where a row only fills the batch up.
     """
 
-    name: str
-    train: Images
-    evaluation: Images
-    evaluation_name: Literal["test", "validation"]
-    num_classes: int
-    white: int
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """`(H, W, C)`."""
-        height, width, channels = self.train.images.shape[1:]
-        return height, width, channels
-
-    def checksum(self) -> int:
-        """CRC-32 of all images and labels."""
-        checksum = 0
-        for examples in (self.train, self.evaluation):
-            for array in (examples.images, examples.labels):
-                checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
-        return checksum
+    inputs: np.ndarray
+    targets: np.ndarray
+    counts: np.ndarray
 
 
-def load_dataset(
+def load_images(
     name: str,
     *,
     data_dir: str | os.PathLike[str] | None = None,
@@ -60,20 +60,25 @@ def load_dataset(
     validation_fraction: float = 0.0,
     seed: int = 0,
     progress: bool = False,
-) -> ImageDataset:
-    """Reads a data set.
+    in_memory_bytes: int = 2**31,
+) -> "ImageDataset":
+    """Opens a data set, and reads it into memory if it fits.
+
+    Where the data have no test split, a stratified fifth of them, the same in every run, is held
+    out for it.
 
     Args:
         name: `digits`, the name of a prepared data set, or a folder of images by class.
-        data_dir: folder of prepared data sets, see `sources.default_data_dir`; `digits` needs none.
-        image_size: side to which the images of a folder are resized.
+        data_dir: folder of prepared data sets, see `prepared.default_data_dir`.
+        image_size: the side to which the images of a folder are resized.
         train_examples: train on a stratified subset of this size, drawn by `seed`; None for all.
         eval_examples: report on a stratified subset of this size, the same one in every run; None
             for all, or with `train_examples` for at most as many.
         validation_fraction: if positive, this share of the training split is held out, the same
             examples for each seed and subset, and is reported on in place of the test split.
         seed: seed of the subset.
-        progress: show a progress bar while images are decoded.
+        progress: show a progress bar while images are read.
+        in_memory_bytes: the most that all images may take, decoded, to be held in memory.
 
     Raises:
         DatasetNotFoundError: the data set is not there; the message names the folder and the
@@ -81,22 +86,23 @@ def load_dataset(
         UsageError: `train_examples` or `eval_examples` exceeds what there is.
     """
     source = open_source(name, data_dir, image_size, progress)
-    labels = source.labels("train")
-    train = np.arange(len(labels))
-    validation = None
+    train = np.arange(source.sizes["train"])
+    if "test" in source.sizes:
+        split, reported = "test", np.arange(source.sizes["test"])
+    else:
+        count = max(1, round(_TEST_FRACTION * len(train)))
+        split, (reported, train) = "train", fixed_split(source.labels("train"), count)
     if validation_fraction > 0:
-        held_out = max(1, round(validation_fraction * len(labels)))
-        validation, train = fixed_split(labels, held_out)
+        count = max(1, round(validation_fraction * len(train)))
+        held_out, rest = fixed_split(source.labels("train")[train], count)
+        split, reported, train = "train", train[held_out], train[rest]
     if train_examples is not None and train_examples > len(train):
         raise UsageError(
             f"--train-examples must be at most {len(train)}, which is what {name} has to train on, "
             f"got {train_examples}"
         )
     if train_examples is not None and train_examples < len(train):
-        train = train[seeded_subset(labels[train], train_examples, seed)]
-    split = "test" if validation is None else "train"
-    held_out_labels = source.labels(split)
-    reported = np.arange(len(held_out_labels)) if validation is None else validation
+        train = train[seeded_subset(source.labels("train")[train], train_examples, seed)]
     if eval_examples is None and train_examples is not None:
         eval_examples = min(train_examples, len(reported))
     if eval_examples is not None and eval_examples > len(reported):
@@ -105,12 +111,257 @@ def load_dataset(
             f"on, got {eval_examples}"
         )
     if eval_examples is not None and eval_examples < len(reported):
-        reported = reported[fixed_split(held_out_labels[reported], eval_examples)[0]]
+        reported = reported[fixed_split(source.labels(split)[reported], eval_examples)[0]]
+
+    parts = [_OnDemand(source, "train", train), _OnDemand(source, split, reported)]
+    size = (len(train) + len(reported)) * math.prod(source.image_shape)
+    short_name = pathlib.Path(name).name
+    if size <= in_memory_bytes:
+        description = f"reading {short_name}" if progress else None
+        parts = [_read_into_memory(part, description) for part in parts]
     return ImageDataset(
-        name=pathlib.Path(name).name,
-        train=source.read("train", train),
-        evaluation=source.read(split, reported),
-        evaluation_name="test" if validation is None else "validation",
+        name=short_name,
         num_classes=source.num_classes,
+        image_shape=source.image_shape,
         white=source.white,
+        evaluation_name="test" if validation_fraction == 0 else "validation",
+        _train=parts[0],
+        _evaluation=parts[1],
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageDataset:
+    """Images to train on, and images to report on.
+
+    Where JAX runs as several processes, the batch sizes below are those of all processes together,
+    and a process gets its share of the rows of every batch.
+
+    Attributes:
+        name: name of the data set.
+        num_classes: number of classes.
+        image_shape: `(H, W, C)`.
+        white: the pixel value that becomes 1.0.
+        evaluation_name: what is reported on, `test` or `validation`.
+    """
+
+    name: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    white: int
+    evaluation_name: Literal["test", "validation"]
+    _train: "_InMemory | _OnDemand"
+    _evaluation: "_InMemory | _OnDemand"
+
+    @property
+    def train_size(self) -> int:
+        """The number of images to train on."""
+        return len(self._train)
+
+    @property
+    def evaluation_size(self) -> int:
+        """The number of images to report on."""
+        return len(self._evaluation)
+
+    def checksum(self) -> int:
+        """CRC-32 that tells whether a run is continued with the data that it was started with.
+
+        For images in memory it covers all pixels and labels. For others it covers the numbers of
+        the examples that were chosen and what names them without decoding one: of a folder, the
+        path and size of every file; of a prepared data set, the name, size and number of records
+        of every file. Files that are changed and keep their size go unnoticed. Times of
+        modification do not count, so that a copy of the data is as good as the original.
+        """
+        return self._evaluation.checksum(self._train.checksum(0))
+
+    def train_batches(
+        self, batch_size: int, *, seed: int, epoch: int, start: int = 0
+    ) -> Iterator[Batch]:
+        """One epoch in an order that is a function of `seed` and `epoch` alone.
+
+        An incomplete last batch is left out.
+
+        Args:
+            batch_size: examples in a batch.
+            seed: seed of the order.
+            epoch: number of the epoch.
+            start: leave out this many batches at the beginning, without decoding them.
+
+        Raises:
+            UsageError: the processes cannot share a batch equally.
+        """
+        steps = self.train_size // batch_size
+        order = epoch_order(seed, epoch, self.train_size)[: steps * batch_size]
+        plan = order.reshape(steps, batch_size)[start:]
+        return _batches(self._train, plan, np.ones(plan.shape, bool))
+
+    def evaluation_batches(self, batch_size: int, multiple_of: int = 1) -> Iterator[Batch]:
+        """All examples in order, each exactly once, in batches of one size.
+
+        The last batch is filled up with examples of its own that do not count, so that one compiled
+        function serves all batches. A sample's solve does not depend on the other samples of its
+        batch, hence repeated ones do not change the number of evaluations that the batch takes.
+
+        Args:
+            batch_size: examples in a batch. If there are fewer examples in all, the batch is cut to
+                their number, provided that it still is a multiple of `multiple_of`.
+            multiple_of: the number of devices that share a batch.
+
+        Raises:
+            UsageError: the processes cannot share a batch equally.
+        """
+        total = self.evaluation_size
+        if total < batch_size and total % math.lcm(multiple_of, jax.process_count()) == 0:
+            batch_size = total
+        starts = np.arange(0, total, batch_size)[:, np.newaxis]
+        rows = np.arange(batch_size)
+        present = np.minimum(batch_size, total - starts)
+        return _batches(self._evaluation, starts + rows % present, rows < present)
+
+    def first_evaluation_examples(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first `count` images and labels to report on, or all if there are fewer."""
+        plan = np.arange(min(count, self.evaluation_size))[np.newaxis]
+        return next(self._evaluation.examples(plan))
+
+
+def _batches(
+    part: "_InMemory | _OnDemand", plan: np.ndarray, counts: np.ndarray
+) -> Iterator[Batch]:
+    """The batches of a plan `[batches, B]` of positions, or this process's share of each."""
+    processes, size = jax.process_count(), plan.shape[1]
+    if size % processes:
+        raise UsageError(
+            f"a batch of {size} examples cannot be shared equally by {processes} processes; "
+            f"choose a batch size that is a multiple of {processes}"
+        )
+    share = size // processes
+    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    examples = zip(part.examples(plan[:, mine]), counts[:, mine], strict=True)
+    return (Batch(images, labels, counted) for (images, labels), counted in examples)
+
+
+@dataclasses.dataclass(frozen=True)
+class _InMemory:
+    """Images `[N, H, W, C]` uint8 and labels `[N]` int32."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def examples(self, plan: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The images and labels of each row of a plan."""
+        return ((self.images[row], self.labels[row]) for row in plan)
+
+    def checksum(self, before: int) -> int:
+        """CRC-32 that continues `before`, see `ImageDataset.checksum`."""
+        return zlib.crc32(self.labels, zlib.crc32(self.images, before))
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnDemand:
+    """The examples at `positions` of a split of a source."""
+
+    source: Source
+    split: str
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def examples(self, plan: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The images and labels of each row of a plan, decoded by threads one batch ahead."""
+        import grain
+
+        def decode(position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            images, labels = self.source.read(self.split, position[np.newaxis])
+            return images[0], labels[0]
+
+        threads = min(16, plan.shape[1])
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=plan.shape[1])
+        stream = grain.MapDataset.source(self.positions[plan.reshape(-1)]).map(decode)
+        batches = iter(stream.to_iter_dataset(options).batch(plan.shape[1]))
+        try:
+            yield from batches
+        finally:
+            batches.close()
+
+    def checksum(self, before: int) -> int:
+        """CRC-32 that continues `before`, see `ImageDataset.checksum`."""
+        described = json.dumps([self.split, self.source.fingerprint()]).encode()
+        return zlib.crc32(described, zlib.crc32(self.positions.astype("<i8"), before))
+
+
+def _read_into_memory(part: _OnDemand, description: str | None) -> _InMemory:
+    """Decodes all examples; with a progress bar if there is a description."""
+    images = np.empty((len(part), *part.source.image_shape), np.uint8)
+    labels = np.empty(len(part), np.int32)
+
+    def fill(start: int) -> None:
+        block = slice(start, start + _READ_AT_ONCE)
+        images[block], labels[block] = part.source.read(part.split, part.positions[block])
+
+    starts = range(0, len(part), _READ_AT_ONCE)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = pool.map(fill, starts)
+        disable = description is None
+        for _ in tqdm.tqdm(done, description, len(starts), leave=False, disable=disable):
+            pass
+    return _InMemory(images, labels)
+
+
+def stratified_split(
+    labels: np.ndarray, count: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws `count` examples with each class in its share of the whole.
+
+    Args:
+        labels: `[N]` classes.
+        count: how many to draw, 1 to N - 1.
+        generator: source of the draw.
+
+    Returns:
+        Ascending indices of the drawn examples and of the rest.
+
+    Raises:
+        ValueError: `count` is out of its range.
+    """
+    if not 0 < count < len(labels):
+        raise ValueError(f"count must be from 1 to {len(labels) - 1}, got {count}")
+    classes, sizes = np.unique(labels, return_counts=True)
+    # Largest remainder: rounded quotas that add up to exactly `count`.
+    quotas = sizes * count / len(labels)
+    counts = np.floor(quotas).astype(int)
+    # A stable sort on rounded remainders: equal ones go to the lower class on every machine.
+    by_remainder = np.argsort(-np.round(quotas - counts, 9), kind="stable")
+    counts[by_remainder[: count - counts.sum()]] += 1
+    chosen = np.zeros(len(labels), bool)
+    for one, quota in zip(classes, counts, strict=True):
+        chosen[generator.permutation(np.flatnonzero(labels == one))[:quota]] = True
+    return np.flatnonzero(chosen), np.flatnonzero(~chosen)
+
+
+def fixed_split(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The stratified split that holds out the same `count` examples whatever the seed of a run."""
+    return stratified_split(labels, count, np.random.default_rng(0))
+
+
+def seeded_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Ascending indices of a stratified subset of `count` examples, drawn by `seed`."""
+    return stratified_split(labels, count, np.random.default_rng([seed, 0, _SUBSET_STREAM]))[0]
+
+
+def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order of `size` training examples in one epoch, a function of the arguments alone."""
+    return np.random.default_rng([seed, epoch, _ORDER_STREAM]).permutation(size)
+
+
+# Until the scripts use the names above.
+from experiments.data.sources import Images  # noqa: E402
+
+load_dataset = load_images
+ImageDataset.train = property(lambda self: Images(self._train.images, self._train.labels))
+ImageDataset.evaluation = property(
+    lambda self: Images(self._evaluation.images, self._evaluation.labels)
+)

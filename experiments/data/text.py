@@ -11,13 +11,12 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.data.prepared import read_prepared_text
-from experiments.data.vocabulary import Level, Vocabulary, leading, pieces
+from experiments.data.prepared import open_prepared
+from experiments.data.vocabulary import Level, Vocabulary
 from experiments.train.errors import DatasetNotFoundError, UsageError
-from experiments.train.runs import flag_of
 
 _CROP_STREAM = 4
-"""Last word of the seed of the crops' draws; see `splits`."""
+"""Last word of the seed of the crops' draws; `images` has others, so that no two draw the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,25 +101,34 @@ def load_text(
             f"{level}"
         )
     is_file = name.endswith(".txt") or "/" in name or os.sep in name
-    text = _read_file(name) if is_file else read_prepared_text(name, data_dir)
+    text = _read_file(name) if is_file else _read_prepared(name, data_dir)
     train, evaluation = _split(text, evaluation_fraction, level)
     if validation_fraction > 0:
         train, evaluation = _split(train, validation_fraction, level)
+    known = None
+    if vocabulary_path is not None and pathlib.Path(vocabulary_path).exists():
+        known = _fitting_vocabulary(vocabulary_path, level, vocabulary_size)
     built_from = text if level == "characters" else train
-    train = _first(train, level, train_tokens, "train_tokens")
-    evaluation = _first(evaluation, level, eval_tokens, "eval_tokens")
-    vocabulary = Vocabulary.load_or_build(vocabulary_path, built_from, level, vocabulary_size)
+    vocabulary = known or Vocabulary.build(built_from, level, vocabulary_size)
     try:
         train_numbers, numbers = vocabulary.encode(train), vocabulary.encode(evaluation)
     except ValueError as error:
         raise UsageError(f"{vocabulary_path} does not know all of {name}: {error}") from error
+    _check_count("--train-tokens", train_tokens, len(train_numbers), "train on")
+    _check_count("--eval-tokens", eval_tokens, len(numbers), "report on")
+    characters = len(evaluation)
+    if eval_tokens is not None and eval_tokens < len(numbers):
+        characters = int(vocabulary.token_starts(evaluation)[eval_tokens])
+    if known is None and vocabulary_path is not None:
+        vocabulary.save(vocabulary_path)
+    numbers = numbers[:eval_tokens]
     return TextDataset(
         name=name,
-        train=train_numbers,
+        train=train_numbers[:train_tokens],
         evaluation=numbers,
         evaluation_name="validation",
         vocabulary=vocabulary,
-        characters_per_token=len(evaluation) / len(numbers),
+        characters_per_token=characters / len(numbers),
     )
 
 
@@ -256,6 +264,42 @@ def _read_file(name: str) -> str:
         raise UsageError(f"{name} is not a UTF-8 text file: {error}") from error
 
 
+def _read_prepared(name: str, data_dir: str | os.PathLike[str] | None) -> str:
+    builder = open_prepared(name, data_dir, {"train"})
+    from tensorflow_datasets import features
+
+    kinds = builder.info.features
+    if len(kinds) != 1 or not all(isinstance(kinds[key], features.Text) for key in kinds):
+        # A single text among others may be no more than a name: the images of CIFAR-10 have one.
+        raise UsageError(
+            f"{name} cannot be read as a text: one text feature and no other is needed, it has "
+            f"{', '.join(sorted(kinds))}"
+        )
+    [key] = kinds
+    sources = [
+        builder.as_data_source(split=split)
+        for split in ("train", "validation", "test")
+        if split in builder.info.splits
+    ]
+    end = "" if all(len(source) == 1 for source in sources) else "\n"
+    return "".join(
+        source[i][key].decode("utf-8") + end for source in sources for i in range(len(source))
+    )
+
+
+def _fitting_vocabulary(
+    path: str | os.PathLike[str], level: Level, max_size: int | None
+) -> Vocabulary:
+    found = Vocabulary.load(path)
+    if found.level != level or (max_size is not None and len(found) > max_size):
+        most = "" if max_size is None else f"at most {max_size} "
+        raise UsageError(
+            f"{path} holds a vocabulary of {len(found)} {found.level}, and {most}{level} were "
+            "asked for"
+        )
+    return found
+
+
 def _split(text: str, fraction: float, level: Level) -> tuple[str, str]:
     # Rounded first, so that a tenth of ten is one whatever the last bit of the product.
     at = len(text) - math.ceil(round(fraction * len(text), 6))
@@ -265,18 +309,12 @@ def _split(text: str, fraction: float, level: Level) -> tuple[str, str]:
     return text[:at], text[at:]
 
 
-def _first(text: str, level: Level, count: int | None, field: str) -> str:
-    part = {"train_tokens": "train on", "eval_tokens": "report on"}[field]
-    size = len(pieces(text, level))
+def _check_count(flag: str, count: int | None, size: int, purpose: str) -> None:
     if size < 2:
         raise UsageError(
-            f"the text is too short: it has {size} tokens to {part}, at least 2 needed"
+            f"the text is too short: it has {size} tokens to {purpose}, at least 2 needed"
         )
-    if count is None:
-        return text
-    if not 2 <= count <= size:
+    if count is not None and not 2 <= count <= size:
         raise UsageError(
-            f"{flag_of(field)} must be from 2 to {size}, which is what there is to {part}, "
-            f"got {count}"
+            f"{flag} must be from 2 to {size}, which is what there is to {purpose}, got {count}"
         )
-    return leading(text, level, count)

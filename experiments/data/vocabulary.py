@@ -1,24 +1,28 @@
 """Vocabularies of text: its characters, or its words and punctuation marks.
 
-The words of a text are cut in the manner of the word-level benchmarks: each newline is a token of
-its own, `<eos>`; other white space separates tokens and is no token; a word keeps the hyphens and
-apostrophes inside it and an apostrophe in front of it (`well-known`, `don't`, `'tis`); every other
-mark is a token of its own. Case is kept. `<unk>` and `<eos>` in the text are those tokens, and
-WikiText's `@-@`, `@,@` and `@.@` stay whole; other tokens of such a text, `H.` for instance, are
-cut further than its authors cut them.
+The `tokenizers` library cuts words, with these rules: each newline is a token of its own, `<eos>`;
+other white space separates tokens and is no token; a word keeps the hyphens and apostrophes inside
+it and an apostrophe in front of it (`well-known`, `don't`, `'tis`); every other mark is a token of
+its own. Case is kept. `<unk>` and `<eos>` in the text are those tokens, and WikiText's `@-@`, `@,@`
+and `@.@` stay whole. Other tokens of WikiText, `H.` for instance, are cut further than its authors
+cut them.
 """
 
-import collections
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import pathlib
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import numpy as np
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Replace
+from tokenizers.pre_tokenizers import Split
+from tokenizers.trainers import WordLevelTrainer
 
 from experiments.train.errors import UsageError
 from experiments.train.runs import write_atomically
@@ -28,7 +32,10 @@ Level = Literal["characters", "words"]
 UNKNOWN = "<unk>"
 END_OF_LINE = "<eos>"
 
-_TOKEN = re.compile(r"<unk>|<eos>|@[-,.]@|\n|'?\w+(?:['\u2019-]\w+)*|[^\w\s]")
+# Oniguruma's `\w` has combining marks as well, which Python's has not; its `\s` lacks \x1c-\x1f.
+_WORD = r"[\p{L}\p{N}_]+"
+_MARK = r"[^\p{L}\p{N}_\s\x1c-\x1f]"
+_TOKEN = rf"{UNKNOWN}|{END_OF_LINE}|@[-,.]@|'?{_WORD}(?:['\u2019-]{_WORD})*|{_MARK}"
 
 _NO_SPACE_BEFORE = frozenset(".,:;?!)]}%")
 _NO_SPACE_AFTER = frozenset("([{")
@@ -83,10 +90,13 @@ class Vocabulary:
             return cls(level, tuple(sorted(set(text))))
         if max_size is not None and max_size < 2:
             raise ValueError(f"max_size must be at least 2, got {max_size}")
-        counts = collections.Counter(pieces(text, level))
-        del counts[UNKNOWN]
-        words = sorted(counts, key=lambda word: (-counts[word], word))
-        return cls(level, (UNKNOWN, *words)[:max_size])
+        tokenizer = _word_tokenizer([UNKNOWN])
+        trainer = WordLevelTrainer(vocab_size=len(text) + 1, show_progress=False)
+        tokenizer.train_from_iterator(_blocks(text), trainer)
+        numbers = tokenizer.get_vocab()
+        # The trainer ranks `<unk>` among the others, by how often it stands in the text.
+        numbers[UNKNOWN] = -1
+        return cls(level, tuple(sorted(numbers, key=numbers.__getitem__))[:max_size])
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of a text, `[N]` int32; of words, those that are not known are `<unk>`.
@@ -94,19 +104,27 @@ class Vocabulary:
         Raises:
             ValueError: a character is not known; the message names all that are not.
         """
-        numbers = {symbol: number for number, symbol in enumerate(self.symbols)}
-        parts = pieces(text, self.level)
         if self.level == "words":
-            found = map(numbers.get, parts, itertools.repeat(0))
-        else:
-            unknown = sorted(set(text) - numbers.keys())
-            if unknown:
-                raise ValueError(
-                    f"not in the vocabulary: {', '.join(map(repr, unknown))}, "
-                    f"of which the text has {sum(map(text.count, unknown))}"
-                )
-            found = map(numbers.__getitem__, parts)
-        return np.fromiter(found, np.int32, len(parts))
+            numbers = [self._tokenizer.encode(block).ids for block in _blocks(text)]
+            return np.fromiter(itertools.chain(*numbers), np.int32)
+        numbers = {symbol: number for number, symbol in enumerate(self.symbols)}
+        unknown = sorted(set(text) - numbers.keys())
+        if unknown:
+            raise ValueError(
+                f"not in the vocabulary: {', '.join(map(repr, unknown))}, "
+                f"of which the text has {sum(map(text.count, unknown))}"
+            )
+        return np.fromiter(map(numbers.__getitem__, text), np.int32, len(text))
+
+    def token_starts(self, text: str) -> np.ndarray:
+        """The place in a text where each of its tokens starts, `[N]`."""
+        if self.level == "characters":
+            return np.arange(len(text))
+        starts, before = [], 0
+        for block in _blocks(text):
+            starts += [before + start for start, _ in self._tokenizer.encode(block).offsets]
+            before += len(block)
+        return np.array(starts, int)
 
     def decode(self, tokens: np.ndarray | Sequence[int]) -> str:
         """The text of tokens.
@@ -126,70 +144,59 @@ class Vocabulary:
         return "".join(symbols) if self.level == "characters" else _join(symbols)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the vocabulary to a JSON file, which is never seen half-written."""
-        write_atomically(pathlib.Path(path), json.dumps(dataclasses.asdict(self)) + "\n")
+        """Writes a JSON file, which is never seen half-written.
+
+        Of words it is the file of a tokenizer, which `tokenizers.Tokenizer.from_file` reads.
+        """
+        if self.level == "words":
+            document = self._tokenizer.to_str()
+        else:
+            document = json.dumps(dataclasses.asdict(self))
+        write_atomically(pathlib.Path(path), document + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Vocabulary":
         """Reads what `save` wrote.
 
         Raises:
-            UsageError: the file does not hold a vocabulary; the message names it.
+            UsageError: the file does not hold a vocabulary, or one whose words are cut by other
+                rules; the message names it.
         """
         try:
-            document = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-            return cls(document["level"], tuple(document["symbols"]))
+            text = pathlib.Path(path).read_text(encoding="utf-8")
+            document = json.loads(text)
+            if "model" not in document:
+                return cls(document["level"], tuple(document["symbols"]))
+            numbers = document["model"]["vocab"]
+            found = cls("words", tuple(sorted(numbers, key=numbers.__getitem__)))
+            same = json.loads(found._tokenizer.to_str()) == document
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} does not hold a vocabulary ({error!r})") from error
-
-    @classmethod
-    def load_or_build(
-        cls,
-        path: str | os.PathLike[str] | None,
-        text: str,
-        level: Level,
-        max_size: int | None = None,
-    ) -> "Vocabulary":
-        """The vocabulary in a file if it is there, else that of a text, which is saved to it.
-
-        Args:
-            path: the file; None: build and do not save.
-            text: see `build`.
-            level: see `build`.
-            max_size: see `build`.
-
-        Raises:
-            UsageError: the file does not hold a vocabulary of this level and at most this size.
-            ValueError: see `build`.
-        """
-        if path is None or not pathlib.Path(path).exists():
-            built = cls.build(text, level, max_size)
-            if path is not None:
-                built.save(path)
-            return built
-        found = cls.load(path)
-        if found.level != level or (max_size is not None and len(found) > max_size):
-            most = "" if max_size is None else f"at most {max_size} "
-            raise UsageError(
-                f"{path} holds a vocabulary of {len(found)} {found.level}, and {most}{level} were "
-                "asked for"
-            )
+        if not same:
+            raise UsageError(f"{path} does not hold a vocabulary of words that are cut as here")
         return found
 
-
-def pieces(text: str, level: Level) -> Sequence[str]:
-    """The characters of a text, or its words, marks and newlines (as `<eos>`)."""
-    if level == "characters":
-        return text
-    return [END_OF_LINE if piece == "\n" else piece for piece in _TOKEN.findall(text)]
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return _word_tokenizer(self.symbols)
 
 
-def leading(text: str, level: Level, count: int) -> str:
-    """The start of a text up to its token number `count`, counted from 0, or all of it."""
-    if level == "characters":
-        return text[:count]
-    beyond = next(itertools.islice(_TOKEN.finditer(text), count, None), None)
-    return text if beyond is None else text[: beyond.start()]
+def _word_tokenizer(symbols: Sequence[str]) -> Tokenizer:
+    """The tokenizer of the words in `symbols`, numbered in their order."""
+    numbers = {symbol: number for number, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(WordLevel(numbers, unk_token=UNKNOWN))
+    tokenizer.normalizer = Replace("\n", END_OF_LINE)
+    tokenizer.pre_tokenizer = Split(Regex(_TOKEN), "removed", invert=True)
+    return tokenizer
+
+
+def _blocks(text: str, size: int = 2**16) -> Iterator[str]:
+    """A text in pieces that end with a newline, which no token goes across."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + size) + 1 or len(text)
+        yield text[start:end]
+        start = end
 
 
 def _join(words: Sequence[str]) -> str:

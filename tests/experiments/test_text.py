@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from experiments import prepare_data
-from experiments.data import prepared
 from experiments.data.text import load_text
 from experiments.train.errors import DatasetNotFoundError, UsageError
 
@@ -51,7 +50,7 @@ def stand_in(monkeypatch):
                 {key: one.encode() for key in text_features} for one in splits[split]
             ],
         )
-        monkeypatch.setattr(prepared, "open_prepared", lambda *arguments: builder)
+        monkeypatch.setattr("experiments.data.text.open_prepared", lambda *arguments: builder)
 
     return put
 
@@ -192,7 +191,7 @@ def test_what_is_no_text_is_not_read(monkeypatch):
 
     kinds = features.FeaturesDict({"number": features.Scalar(np.int64)})
     builder = SimpleNamespace(info=SimpleNamespace(features=kinds, splits=()))
-    monkeypatch.setattr(prepared, "open_prepared", lambda *arguments: builder)
+    monkeypatch.setattr("experiments.data.text.open_prepared", lambda *arguments: builder)
     with pytest.raises(UsageError, match=r"no other is needed, it has number$"):
         load_text("stand_in")
 

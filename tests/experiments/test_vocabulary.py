@@ -1,5 +1,6 @@
 import collections
 import json
+import re
 import string
 import time
 
@@ -7,13 +8,21 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
-from experiments.data.vocabulary import Vocabulary, leading, pieces
+from experiments.data.vocabulary import Vocabulary
 from experiments.train.errors import UsageError
 
 VERSE = "To be, or not to be:\nthat is (perhaps) the question.\n"
 VERSE_WORDS = ["To", "be", ",", "or", "not", "to", "be", ":", "<eos>", "that", "is", "("]
 VERSE_WORDS += ["perhaps", ")", "the", "question", ".", "<eos>"]
+
+
+def words_of(text):
+    """The words of a text, all of which its own vocabulary knows."""
+    vocabulary = Vocabulary.build(text, "words")
+    return [vocabulary.symbols[token] for token in vocabulary.encode(text)]
+
 
 prose = st.text(st.sampled_from("ab'-,.(@<>\n \t\u2019é9_"), max_size=40) | st.text(max_size=40)
 
@@ -55,12 +64,12 @@ def cut(text):
     ],
 )
 def test_words_of_a_text(text, words):
-    assert pieces(text, "words") == words
+    assert words_of(text) == words
 
 
 @given(st.text(st.sampled_from("abz'-,.(\n \t\u2019é9_"), max_size=40))
 def test_words_against_a_loop(text):
-    assert pieces(text, "words") == cut(text)
+    assert words_of(text) == cut(text)
 
 
 @given(st.text(max_size=40))
@@ -86,7 +95,7 @@ def test_words_are_ranked_by_frequency_and_then_by_letter():
 
 @given(prose, st.integers(2, 6))
 def test_vocabulary_of_words_against_a_counter(text, size):
-    counts = collections.Counter(word for word in pieces(text, "words") if word != "<unk>")
+    counts = collections.Counter(word for word in words_of(text) if word != "<unk>")
     vocabulary = Vocabulary.build(text, "words", max_size=size)
     kept = vocabulary.symbols[1:]
     assert vocabulary.symbols[0] == "<unk>"
@@ -112,11 +121,22 @@ def test_decoded_words_are_readable():
     assert vocabulary.decode(vocabulary.encode("not   to\tbe new")) == "not to be <unk>"
 
 
-@given(prose, st.sampled_from(["characters", "words"]), st.integers(0, 45))
-def test_leading_tokens(text, level, count):
-    start = leading(text, level, count)
-    assert text.startswith(start)
-    assert list(pieces(start, level)) == list(pieces(text, level)[:count])
+@given(prose)
+def test_tokens_start_where_their_words_stand(text):
+    vocabulary = Vocabulary.build(text, "words")
+    starts = vocabulary.token_starts(text).tolist()
+    words = ["\n" if word == "<eos>" else word for word in words_of(text)]
+    assert len(starts) == len(words)
+    end = 0
+    for start, word in zip(starts, words, strict=True):
+        # Between two tokens there is white space and nothing else.
+        assert not text[end:start].strip()
+        is_newline = word == "\n" and text.startswith("<eos>", start)
+        end = start + (len("<eos>") if is_newline else len(word))
+        assert text[start:end] == ("<eos>" if is_newline else word)
+    assert not text[end:].strip()
+    characters = Vocabulary.build(text, "characters")
+    assert characters.token_starts(text).tolist() == list(range(len(text)))
 
 
 def test_unknown_characters_are_named():
@@ -163,7 +183,6 @@ def test_file_gives_the_same_vocabulary_and_is_the_same_each_time(tmp_path, leve
     loaded.save(second)
     assert loaded == vocabulary
     assert first.read_bytes() == second.read_bytes()
-    assert json.loads(first.read_text())["level"] == level
     assert sorted(file.name for file in tmp_path.iterdir()) == ["first.json", "second.json"]
 
 
@@ -177,17 +196,29 @@ def test_files_that_hold_no_vocabulary(tmp_path, content):
         Vocabulary.load(file)
 
 
-def test_file_is_used_if_it_is_there_and_else_written(tmp_path):
+def test_words_are_kept_as_the_file_of_a_tokenizer(tmp_path):
+    """Anybody can read the file with the library alone, and gets the same tokens."""
+    vocabulary = Vocabulary.build(VERSE, "words")
+    vocabulary.save(tmp_path / "vocabulary.json")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "vocabulary.json"))
+    text = "(perhaps not)\n the unknown question"
+    assert tokenizer.encode(text).ids == vocabulary.encode(text).tolist()
+
+
+def test_files_of_words_from_before_tokenizers_are_read(tmp_path):
     file = tmp_path / "vocabulary.json"
-    first = Vocabulary.load_or_build(file, "b a b", "words", 3)
-    assert first.symbols == ("<unk>", "b", "a")
-    assert Vocabulary.load_or_build(file, "other words", "words", 3) == first
-    assert Vocabulary.load_or_build(file, "other words", "words") == first
-    assert Vocabulary.load_or_build(None, "other", "words").symbols == ("<unk>", "other")
-    with pytest.raises(UsageError, match="of 3 words, and at most 2 words were asked for"):
-        Vocabulary.load_or_build(file, "b a b", "words", 2)
-    with pytest.raises(UsageError, match="of 3 words, and characters were asked for"):
-        Vocabulary.load_or_build(file, "b a b", "characters")
+    file.write_text('{"level": "words", "symbols": ["<unk>", "a", "b"]}')
+    assert Vocabulary.load(file) == Vocabulary("words", ("<unk>", "a", "b"))
+
+
+def test_other_rules_of_cutting_words_are_refused(tmp_path):
+    file = tmp_path / "vocabulary.json"
+    Vocabulary.build(VERSE, "words").save(file)
+    document = json.loads(file.read_text())
+    document["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    file.write_text(json.dumps(document))
+    with pytest.raises(UsageError, match=r"vocabulary\.json .* words that are cut as here"):
+        Vocabulary.load(file)
 
 
 @pytest.mark.parametrize("level", ["characters", "words"])
@@ -199,3 +230,28 @@ def test_a_million_characters_are_encoded_fast(level):
     start = time.process_time()
     vocabulary.encode(text)
     assert time.process_time() - start < 2
+
+
+WHOLE = re.compile(r"<unk>|@[-,.]@|'?\w+(['\u2019-]\w+)*|[^\w\s]")
+"""A token of WikiText that is a word, a mark or a sign of this module too."""
+
+
+def test_wikitext_is_cut_as_its_authors_cut_it_where_the_rules_are_the_same(shared_tfds):
+    text = (shared_tfds.parent / "wikitext2" / "valid.txt").read_text(encoding="utf-8")
+    lines = [[*line.split(" "), "<eos>"] for line in text.splitlines()]
+    lines = [[word for word in line if word] for line in lines]
+    # The number of tokens that is published for the validation part.
+    assert sum(map(len, lines)) == 217_646
+    vocabulary = Vocabulary.build(text, "words")
+    assert vocabulary.decode(vocabulary.encode(text)).count("\n") == len(lines) == 3760
+    cut_further = 0
+    for line in lines:
+        found = [vocabulary.symbols[n] for n in vocabulary.encode(" ".join(line))]
+        expected = []
+        for word in line:
+            whole = word == "<eos>" or WHOLE.fullmatch(word)
+            expected += [word] if whole else cut(word)
+            cut_further += not whole
+        assert found == expected
+    # These are "H.", "1.5", "ft)" and their like.
+    assert 0 < cut_further < 0.01 * 217_646
