@@ -11,6 +11,7 @@ several JAX processes takes its own columns. Together they see the batches that 
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -86,15 +87,16 @@ def load_images(
         UsageError: `train_examples` or `eval_examples` exceeds what there is.
     """
     source = open_source(name, data_dir, image_size, progress)
+    labels = functools.cache(source.labels)
     train = np.arange(source.sizes["train"])
     if "test" in source.sizes:
         split, reported = "test", np.arange(source.sizes["test"])
     else:
         count = max(1, round(_TEST_FRACTION * len(train)))
-        split, (reported, train) = "train", fixed_split(source.labels("train"), count)
+        split, (reported, train) = "train", fixed_split(labels("train"), count)
     if validation_fraction > 0:
         count = max(1, round(validation_fraction * len(train)))
-        held_out, rest = fixed_split(source.labels("train")[train], count)
+        held_out, rest = fixed_split(labels("train")[train], count)
         split, reported, train = "train", train[held_out], train[rest]
     if train_examples is not None and train_examples > len(train):
         raise UsageError(
@@ -102,7 +104,7 @@ def load_images(
             f"got {train_examples}"
         )
     if train_examples is not None and train_examples < len(train):
-        train = train[seeded_subset(source.labels("train")[train], train_examples, seed)]
+        train = train[seeded_subset(labels("train")[train], train_examples, seed)]
     if eval_examples is None and train_examples is not None:
         eval_examples = min(train_examples, len(reported))
     if eval_examples is not None and eval_examples > len(reported):
@@ -111,7 +113,7 @@ def load_images(
             f"on, got {eval_examples}"
         )
     if eval_examples is not None and eval_examples < len(reported):
-        reported = reported[fixed_split(source.labels(split)[reported], eval_examples)[0]]
+        reported = reported[fixed_split(labels(split)[reported], eval_examples)[0]]
 
     parts = [_OnDemand(source, "train", train), _OnDemand(source, split, reported)]
     size = (len(train) + len(reported)) * math.prod(source.image_shape)
