@@ -1,8 +1,8 @@
 """Images in batches: whole in memory if they fit, else decoded on the way by Grain.
 
     dataset = load_images("cifar10", data_dir=DIR, validation_fraction=0.1)
-    for images, labels, counts in dataset.train_batches(128, seed=0, epoch=0):
-        ...
+    for batch in dataset.train_batches(128, seed=0, epoch=0):
+        batch.inputs, batch.targets
 
 A batch is a row of a plan, an array `[batches, B]` of positions that is written down before the
 first image is read. Training resumes at batch k by leaving out the first k rows, and each of
@@ -126,7 +126,7 @@ def load_images(
         num_classes=source.num_classes,
         image_shape=source.image_shape,
         white=source.white,
-        evaluation_name="test" if validation_fraction == 0 else "validation",
+        evaluation_name="validation" if validation_fraction > 0 else "test",
         _train=parts[0],
         _evaluation=parts[1],
     )

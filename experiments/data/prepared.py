@@ -3,7 +3,7 @@
 import io
 import os
 import pathlib
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,7 @@ class PreparedImages:
                 "--image-size"
             )
         self.num_classes = int(features["label"].num_classes)
-        self.image_shape = tuple(features["image"].shape)
+        self.image_shape: tuple[int, int, int] = tuple(features["image"].shape)
         self._name = name
         self._splits = {split: builder.info.splits[split] for split in ("train", "test")}
         # The images stay encoded until they are asked for.
@@ -108,7 +108,9 @@ class PreparedImages:
             split: builder.as_data_source(split=split, decoders={"image": decode.SkipDecoding()})
             for split in self._splits
         }
-        self.sizes = {split: len(records) for split, records in self._records.items()}
+        self.sizes: Mapping[str, int] = {
+            split: len(records) for split, records in self._records.items()
+        }
 
     def labels(self, split: str) -> np.ndarray:
         """See `sources.Source`. Reads all records of the split, as labels are stored in them."""

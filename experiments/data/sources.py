@@ -82,16 +82,16 @@ class Digits:
     """The 1,797 handwritten digits of scikit-learn, 8x8 pixels; see `Source`."""
 
     num_classes = 10
-    image_shape = (8, 8, 1)
+    image_shape: tuple[int, int, int] = (8, 8, 1)
     white = 16
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
-        self._images = digits.images.astype(np.uint8)[..., np.newaxis]
-        self._labels = digits.target.astype(np.int32)
-        self.sizes = {"train": len(self._labels)}
+        pixels, labels = load_digits(return_X_y=True)
+        self._images = pixels.astype(np.uint8).reshape(-1, *self.image_shape)
+        self._labels = labels.astype(np.int32)
+        self.sizes: Mapping[str, int] = {"train": len(self._labels)}
 
     def labels(self, split: str) -> np.ndarray:
         """See `Source`."""
@@ -103,7 +103,7 @@ class Digits:
 
     def fingerprint(self) -> Any:
         """See `Source`."""
-        return ["digits", zlib.crc32(self._images.copy()), zlib.crc32(self._labels)]
+        return ["digits", zlib.crc32(self._images), zlib.crc32(self._labels)]
 
 
 class ImageFolder:
@@ -139,7 +139,7 @@ class ImageFolder:
                     f"{tests[0]} has the classes {', '.join(test_classes)}, but "
                     f"{folder / 'train'} has {', '.join(classes)}"
                 )
-        self.sizes = {split: len(files) for split, files in self._files.items()}
+        self.sizes: Mapping[str, int] = {split: len(files) for split, files in self._files.items()}
         self.num_classes = len(classes)
         self.image_shape = self._check_heads(progress)
 
@@ -186,11 +186,12 @@ class ImageFolder:
 
         files = [file for split in self._files.values() for file in split]
         description = f"looking through {self._folder.name}"
-        modes, first = set(), None
+        modes, side = set(), self._image_size
+        height, width = side, side
         for file in tqdm.tqdm(files, description, leave=False, disable=not progress):
             try:
                 with Image.open(file) as image:
-                    mode, (width, height) = image.mode, image.size
+                    mode, sides = image.mode, (image.height, image.width)
             except OSError as error:
                 raise DatasetNotFoundError(f"cannot decode {file}: {error}") from error
             if mode == "F" or mode.startswith("I"):
@@ -199,14 +200,14 @@ class ImageFolder:
                     "convert the images to 8 bits first"
                 )
             modes.add(mode)
-            first = (height, width) if first is None else first
-            if self._image_size is None and (height, width) != first:
+            if side is None and height is None:
+                height, width = sides
+            if side is None and sides != (height, width):
                 raise UsageError(
-                    f"images differ in size: {files[0]} is {first[0]}x{first[1]}, {file} is "
-                    f"{height}x{width}; name the side to resize them to with --image-size"
+                    f"images differ in size: {files[0]} is {height}x{width}, {file} is "
+                    f"{sides[0]}x{sides[1]}; name the side to resize them to with --image-size"
                 )
-        sides = first if self._image_size is None else (self._image_size, self._image_size)
-        return (*sides, 1 if modes <= {"1", "L", "LA"} else 3)
+        return height, width, 1 if modes <= {"1", "L", "LA"} else 3
 
 
 def _list_images(folder: pathlib.Path) -> tuple[list[str], list[pathlib.Path], np.ndarray]:

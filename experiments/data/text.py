@@ -27,10 +27,11 @@ class TextDataset:
         name: name of the data set, or path of the file.
         train: `[N]` int32, tokens to train on.
         evaluation: `[M]` int32, tokens to report on.
-        evaluation_name: what they are.
+        evaluation_name: which part of the text `evaluation` is.
         vocabulary: what the tokens stand for.
-        characters_per_token: of the part that is reported on, white space included: nats per token
-            over this and ln 2 are bits per character.
+        characters_per_token: characters of the part that is reported on, white space included,
+            divided by its tokens. A loss in nats per token, divided by this and by ln 2, is in bits
+            per character.
     """
 
     name: str
@@ -61,31 +62,33 @@ def load_text(
     eval_tokens: int | None = None,
     vocabulary_path: str | os.PathLike[str] | None = None,
 ) -> TextDataset:
-    """Reads a text and its vocabulary.
+    """Reads a text, cuts it in two and turns both parts into tokens.
 
-    A vocabulary of characters is that of the whole text. One of words is that of the training part,
-    all of it whatever `train_tokens`, and what it lacks is `<unk>`.
+    A vocabulary of characters has all characters of the text. A vocabulary of words has the words
+    of the part to train on, of all of that part whatever `train_tokens` is; every other word
+    becomes `<unk>`.
 
     Args:
-        name: a prepared data set of texts and nothing else, or a UTF-8 text file, which is what a
-            name with a path separator or ending in .txt is. The splits train, validation and test
-            of a data set are joined in this order, directly where each is one example, else with a
-            newline after each example.
+        name: a UTF-8 text file if the name ends in .txt or has a path separator, otherwise a
+            prepared data set that holds texts and nothing else. The splits train, validation and
+            test of a data set are joined in this order. If each of them is a single example, they
+            are joined directly, otherwise a newline follows every example.
         data_dir: folder of prepared data sets, see `prepared.default_data_dir`.
         level: what a token is.
-        vocabulary_size: at most so many words, `<unk>` included; None for all.
-        evaluation_fraction: this share of the text, its end, is reported on. At level `words` a
-            cut inside a word is moved on to its end.
-        validation_fraction: if positive, this share of the training part, its end, is held out and
-            reported on in place of the end of the text, which is left alone.
+        vocabulary_size: the most words that the vocabulary may have, `<unk>` included; None for
+            all.
+        evaluation_fraction: the share of the text, at its end, that is reported on. At level
+            `words`, a cut inside a word moves on to the end of that word.
+        validation_fraction: if positive, this share of the training part, at its end, is held out
+            and reported on in place of the end of the text, which then is not used at all.
         train_tokens: train on the first so many tokens; None for all.
         eval_tokens: report on the first so many tokens; None for all.
-        vocabulary_path: file of the vocabulary, used if it is there and else written. Its folder
-            exists.
+        vocabulary_path: file of the vocabulary. If there is such a file, its vocabulary is used;
+            otherwise the file is written, into a folder that must exist.
 
     Raises:
         DatasetNotFoundError: the text is not there.
-        UsageError: an argument is out of its range, the text or the vocabulary file does not fit.
+        UsageError: an argument is out of its range, or the text or the vocabulary does not fit.
     """
     if not 0 < evaluation_fraction < 1:
         raise UsageError(
@@ -105,23 +108,24 @@ def load_text(
     train, evaluation = _split(text, evaluation_fraction, level)
     if validation_fraction > 0:
         train, evaluation = _split(train, validation_fraction, level)
-    known = None
-    if vocabulary_path is not None and pathlib.Path(vocabulary_path).exists():
-        known = _fitting_vocabulary(vocabulary_path, level, vocabulary_size)
-    built_from = text if level == "characters" else train
-    vocabulary = known or Vocabulary.build(built_from, level, vocabulary_size)
+    path = None if vocabulary_path is None else pathlib.Path(vocabulary_path)
+    if path is not None and path.exists():
+        vocabulary = _fitting_vocabulary(path, level, vocabulary_size)
+    else:
+        built_from = text if level == "characters" else train
+        vocabulary = Vocabulary.build(built_from, level, vocabulary_size)
     try:
         train_numbers, numbers = vocabulary.encode(train), vocabulary.encode(evaluation)
     except ValueError as error:
-        raise UsageError(f"{vocabulary_path} does not know all of {name}: {error}") from error
+        raise UsageError(f"{path} does not know all of {name}: {error}") from error
     _check_count("--train-tokens", train_tokens, len(train_numbers), "train on")
     _check_count("--eval-tokens", eval_tokens, len(numbers), "report on")
     characters = len(evaluation)
     if eval_tokens is not None and eval_tokens < len(numbers):
         characters = int(vocabulary.token_starts(evaluation)[eval_tokens])
-    if known is None and vocabulary_path is not None:
-        vocabulary.save(vocabulary_path)
-    numbers = numbers[:eval_tokens]
+        numbers = numbers[:eval_tokens]
+    if path is not None and not path.exists():
+        vocabulary.save(path)
     return TextDataset(
         name=name,
         train=train_numbers[:train_tokens],
@@ -287,9 +291,7 @@ def _read_prepared(name: str, data_dir: str | os.PathLike[str] | None) -> str:
     )
 
 
-def _fitting_vocabulary(
-    path: str | os.PathLike[str], level: Level, max_size: int | None
-) -> Vocabulary:
+def _fitting_vocabulary(path: pathlib.Path, level: Level, max_size: int | None) -> Vocabulary:
     found = Vocabulary.load(path)
     if found.level != level or (max_size is not None and len(found) > max_size):
         most = "" if max_size is None else f"at most {max_size} "

@@ -153,6 +153,22 @@ def test_vocabulary_is_kept_in_its_file(file, tmp_path):
         load_text(file("hello world\n" * 9), vocabulary_path=path, level="words")
 
 
+def test_vocabulary_of_words_is_kept_in_its_file(file, tmp_path):
+    options = {"level": "words", "evaluation_fraction": 0.5}
+    options["vocabulary_path"] = tmp_path / "vocabulary.json"
+    name = file("one two,\nthree two\n" * 3)
+    first, again = load_text(name, **options), load_text(name, **options)
+    assert again.vocabulary == first.vocabulary
+    assert again.checksum() == first.checksum()
+    other = load_text(file("two four\n" * 4, "second.txt"), **options)
+    assert other.vocabulary == first.vocabulary
+    assert both(other)[0] == "two <unk>\ntwo <unk>\n"
+    with pytest.raises(UsageError, match="of 6 words, and at most 3 words were asked for"):
+        load_text(name, **options, vocabulary_size=3)
+    with pytest.raises(UsageError, match="of 6 words, and characters were asked for"):
+        load_text(name, **options | {"level": "characters"})
+
+
 def test_checksum_covers_everything(file):
     dataset = load_text(file(ALPHABET))
     symbols = (*ALPHABET[1:], ALPHABET[0])
