@@ -18,6 +18,8 @@ from deq_jax.solvers.anderson import Anderson as Anderson
 from deq_jax.solvers.broyden import Broyden as Broyden
 from deq_jax.solvers.newton_krylov import NewtonKrylov as NewtonKrylov
 from deq_jax.solvers.picard import Picard as Picard
+from deq_jax.stability.diagnosis import Finding as Finding
+from deq_jax.stability.diagnosis import diagnose as diagnose
 from deq_jax.stats import BackwardProbe as BackwardProbe
 from deq_jax.stats import Solution as Solution
 from deq_jax.stats import SolveStats as SolveStats
@@ -33,6 +35,7 @@ __all__ = [
     "BiCGStab",
     "Broyden",
     "Execution",
+    "Finding",
     "GradientPolicy",
     "Implicit",
     "LinearSolver",
@@ -48,6 +51,7 @@ __all__ = [
     "Unrolled",
     "__version__",
     "deq_fixed_point",
+    "diagnose",
     "solve_adjoint",
     "solve_fixed_point",
 ]

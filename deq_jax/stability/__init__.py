@@ -1,8 +1,15 @@
-"""Keeping equilibria stable: penalties, normalised weights, dropout, starts, spectra."""
+"""Keeping equilibria stable, and seeing when they are not: penalties, spectra, diagnoses."""
 
 from deq_jax.stability.correction import corrected_loss as corrected_loss
 from deq_jax.stability.correction import correction_weights as correction_weights
 from deq_jax.stability.correction import evenly_spaced as evenly_spaced
+from deq_jax.stability.diagnosis import Finding as Finding
+from deq_jax.stability.diagnosis import Limits as Limits
+from deq_jax.stability.diagnosis import Severity as Severity
+from deq_jax.stability.diagnosis import SolveSummary as SolveSummary
+from deq_jax.stability.diagnosis import diagnose as diagnose
+from deq_jax.stability.diagnosis import diagnose_budgets as diagnose_budgets
+from deq_jax.stability.diagnosis import summarize as summarize
 from deq_jax.stability.dropout import DropoutKind as DropoutKind
 from deq_jax.stability.dropout import broadcast_axes as broadcast_axes
 from deq_jax.stability.dropout import dropout_mask as dropout_mask
