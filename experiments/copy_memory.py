@@ -2,7 +2,7 @@
 
     python -m experiments.copy_memory --help
     python -m experiments.copy_memory
-    python -m experiments.copy_memory --model lstm --network.features 10 --network.hidden-features 53
+    python -m experiments.copy_memory --model lstm --network.hidden-features 53
 
 The first word is a preset: cpu (a delay of 100, the default) or accelerator (400, the paper's). The
 same command again goes on with a run that was interrupted.

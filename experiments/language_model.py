@@ -2,7 +2,7 @@
 
     python -m experiments.language_model --help
     python -m experiments.language_model --data.dir DIR
-    python -m experiments.language_model --data.name FILE.txt --data.level words --data.vocabulary 10000
+    python -m experiments.language_model --data.name FILE.txt --data.level words
 
 The first word is a preset: cpu (a context of 64 characters, the default) or accelerator (256). The
 same command again goes on with a run that was interrupted.

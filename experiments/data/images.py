@@ -18,12 +18,13 @@ import os
 import pathlib
 import zlib
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import tqdm
 
+from experiments.data import Batch
 from experiments.data.sources import Source, open_source
 from experiments.train.errors import UsageError
 
@@ -35,20 +36,6 @@ _READ_AT_ONCE = 1000
 _SUBSET_STREAM = 1
 _ORDER_STREAM = 2
 """Last words of the seeds below; without them two uses of one seed would draw the same numbers."""
-
-
-class Batch(NamedTuple):
-    """Examples that are processed together.
-
-    Attributes:
-        inputs: `[B, H, W, C]` uint8.
-        targets: `[B]` int32, classes counted from 0.
-        counts: `[B]` bool; False where a row only fills the batch up.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    counts: np.ndarray
 
 
 def load_images(
@@ -100,7 +87,7 @@ def load_images(
         split, reported, train = "train", train[held_out], train[rest]
     if train_examples is not None and train_examples > len(train):
         raise UsageError(
-            f"--train-examples must be at most {len(train)}, which is what {name} has to train on, "
+            f"--data.train must be at most {len(train)}, which is what {name} has to train on, "
             f"got {train_examples}"
         )
     if train_examples is not None and train_examples < len(train):
@@ -109,7 +96,7 @@ def load_images(
         eval_examples = min(train_examples, len(reported))
     if eval_examples is not None and eval_examples > len(reported):
         raise UsageError(
-            f"--eval-examples must be at most {len(reported)}, which is what there is to report "
+            f"--data.eval must be at most {len(reported)}, which is what there is to report "
             f"on, got {eval_examples}"
         )
     if eval_examples is not None and eval_examples < len(reported):
@@ -165,6 +152,33 @@ class ImageDataset:
         """The number of images to report on."""
         return len(self._evaluation)
 
+    def describe(self) -> str:
+        """What the images are, in a line."""
+        height, width, colours = self.image_shape
+        return (
+            f"{self.name}, {self.train_size:,} training and {self.evaluation_size:,} "
+            f"{self.evaluation_name} images of {height}x{width}x{colours}, "
+            f"{self.num_classes} classes"
+        )
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Batches in an epoch.
+
+        Raises:
+            UsageError: there are fewer examples than in one batch.
+        """
+        if batch_size > self.train_size:
+            raise UsageError(
+                f"--batch-size must be at most the {self.train_size} training examples, "
+                f"got {batch_size}"
+            )
+        return self.train_size // batch_size
+
+    def figures(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Further figures to report; there are none."""
+        del record
+        return {}
+
     def checksum(self) -> int:
         """CRC-32 that tells whether a run is continued with the data that it was started with.
 
@@ -192,12 +206,12 @@ class ImageDataset:
         Raises:
             UsageError: the processes cannot share a batch equally.
         """
-        steps = self.train_size // batch_size
+        steps = self.steps_per_epoch(batch_size)
         order = epoch_order(seed, epoch, self.train_size)[: steps * batch_size]
         plan = order.reshape(steps, batch_size)[start:]
         return _batches(self._train, plan, np.ones(plan.shape, bool))
 
-    def evaluation_batches(self, batch_size: int, multiple_of: int = 1) -> Iterator[Batch]:
+    def evaluation_batches(self, batch_size: int, *, multiple_of: int = 1) -> Iterator[Batch]:
         """All examples in order, each exactly once, in batches of one size.
 
         The last batch is filled up with examples of its own that do not count, so that one compiled
@@ -357,13 +371,3 @@ def seeded_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The order of `size` training examples in one epoch, a function of the arguments alone."""
     return np.random.default_rng([seed, epoch, _ORDER_STREAM]).permutation(size)
-
-
-# Until the scripts use the names above.
-from experiments.data.sources import Images  # noqa: E402
-
-load_dataset = load_images
-ImageDataset.train = property(lambda self: Images(self._train.images, self._train.labels))
-ImageDataset.evaluation = property(
-    lambda self: Images(self._evaluation.images, self._evaluation.labels)
-)

@@ -44,7 +44,7 @@ def open_prepared(
 
     def not_found(problem: str) -> DatasetNotFoundError:
         return DatasetNotFoundError(
-            f"cannot read {name}: {problem}. Name the folder that holds it with --data-dir, "
+            f"cannot read {name}: {problem}. Name the folder that holds it with --data.dir, "
             "or prepare it (this downloads it and needs TensorFlow) with\n"
             "    pip install -e '.[prepare]'\n"
             f"    python -m experiments.prepare_data {name} --data-dir {data_dir}"
@@ -97,7 +97,7 @@ class PreparedImages:
             raise UsageError(
                 f"{name} cannot be read as 8-bit images of one size with a class each: its "
                 f"features are {dict(features)}; a folder of image files by class can be, with "
-                "--image-size"
+                "--data.size"
             )
         self.num_classes = int(features["label"].num_classes)
         self.image_shape: tuple[int, int, int] = tuple(features["image"].shape)

@@ -68,7 +68,7 @@ def open_source(
     if is_folder and not is_prepared:
         return ImageFolder(folder, image_size, progress)
     if image_size is not None:
-        raise UsageError(f"--image-size resizes a folder of images, but {name} is a data set")
+        raise UsageError(f"--data.size resizes a folder of images, but {name} is a data set")
     if name == "digits":
         return Digits()
     if is_prepared:
@@ -205,7 +205,7 @@ class ImageFolder:
             if side is None and sides != (height, width):
                 raise UsageError(
                     f"images differ in size: {files[0]} is {height}x{width}, {file} is "
-                    f"{sides[0]}x{sides[1]}; name the side to resize them to with --image-size"
+                    f"{sides[0]}x{sides[1]}; name the side to resize them to with --data.size"
                 )
         return height, width, 1 if modes <= {"1", "L", "LA"} else 3
 
@@ -228,22 +228,3 @@ def _list_images(folder: pathlib.Path) -> tuple[list[str], list[pathlib.Path], n
             f"the folders: {', '.join(classes) or 'none'}"
         )
     return classes, files, np.array(labels, np.int32)
-
-
-# Until the scripts use the names above.
-import dataclasses  # noqa: E402
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """Images `[N, H, W, C]` uint8 and their labels `[N]` int32."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, indices: np.ndarray) -> "Images":
-        """The examples at `indices`, in that order."""
-        return Images(self.images[indices], self.labels[indices])

@@ -92,15 +92,15 @@ def load_text(
     """
     if not 0 < evaluation_fraction < 1:
         raise UsageError(
-            f"--evaluation-fraction must be above 0 and below 1, got {evaluation_fraction}"
+            f"--data.evaluation must be above 0 and below 1, got {evaluation_fraction}"
         )
     if not 0 <= validation_fraction < 1:
         raise UsageError(
-            f"--validation-fraction must be at least 0 and below 1, got {validation_fraction}"
+            f"--data.validation must be at least 0 and below 1, got {validation_fraction}"
         )
     if vocabulary_size is not None and (level == "characters" or vocabulary_size < 2):
         raise UsageError(
-            f"--vocabulary-size must be at least 2 and is for words, got {vocabulary_size} for "
+            f"--data.vocabulary must be at least 2 and is for words, got {vocabulary_size} for "
             f"{level}"
         )
     is_file = name.endswith(".txt") or "/" in name or os.sep in name
@@ -118,8 +118,8 @@ def load_text(
         train_numbers, numbers = vocabulary.encode(train), vocabulary.encode(evaluation)
     except ValueError as error:
         raise UsageError(f"{path} does not know all of {name}: {error}") from error
-    _check_count("--train-tokens", train_tokens, len(train_numbers), "train on")
-    _check_count("--eval-tokens", eval_tokens, len(numbers), "report on")
+    _check_count("--data.train", train_tokens, len(train_numbers), "train on")
+    _check_count("--data.eval", eval_tokens, len(numbers), "report on")
     characters = len(evaluation)
     if eval_tokens is not None and eval_tokens < len(numbers):
         characters = int(vocabulary.token_starts(evaluation)[eval_tokens])

@@ -12,14 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deq_jax import Execution
 from deq_jax.models.conv_deq import count_parameters
 from experiments.report.curves import draw_curves, draw_residuals
 from experiments.report.traces import residual_traces
-from experiments.train.config import TrainingConfig
+from experiments.train.config import Stability, TrainingConfig
 from experiments.train.errors import ExperimentError
 from experiments.train.loop import Dataset, device_mesh, fit
 from experiments.train.metrics import Record
-from experiments.train.runs import RunFolder
+from experiments.train.runs import RunFolder, flat_settings
 from experiments.train.step import network_inputs
 
 _TRACED = 64
@@ -116,8 +117,14 @@ def describe(config: TrainingConfig, model: Any, dataset: Dataset, run: RunFolde
         f"model: {config.model}, {count_parameters(model):,} parameters",
     ]
     if config.is_deq:
-        settings = config.layer() | {"stability": config.stability}
-        lines += [f"{name}: {value}" for name, value in settings.items() if value is not None]
+        layer = config.layer()
+        lines += [f"solver: {layer['solver']}", f"gradient: {layer['gradient']}"]
+        if layer["execution"] != Execution():
+            lines.append(f"execution: {layer['execution']}")
+        tools, none = flat_settings(config.tools), flat_settings(Stability())
+        changed = [f"{name} {value}" for name, value in tools.items() if none.get(name) != value]
+        if changed:
+            lines.append(f"stability: {', '.join(changed)}")
     else:
         lines.append("a control has no solver: solver, gradient, backward and stability are unused")
     return "\n".join([*lines, f"device: {device_name(config.devices)}", f"run: {run.path}"])
