@@ -31,7 +31,7 @@ from experiments.train.errors import UsageError
 DatasetName = Literal["digits", "mnist", "cifar10"]
 
 _TEST_FRACTION = 0.2
-_READ_AT_ONCE = 1000
+_READ_AT_ONCE = 100
 
 _SUBSET_STREAM = 1
 _ORDER_STREAM = 2

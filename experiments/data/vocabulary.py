@@ -32,7 +32,7 @@ Level = Literal["characters", "words"]
 UNKNOWN = "<unk>"
 END_OF_LINE = "<eos>"
 
-# Oniguruma's `\w` has combining marks as well, which Python's has not; its `\s` lacks \x1c-\x1f.
+# These classes are Python's `\w` and `\s`. In the library, `\w` also matches combining marks.
 _WORD = r"[\p{L}\p{N}_]+"
 _MARK = r"[^\p{L}\p{N}_\s\x1c-\x1f]"
 _TOKEN = rf"{UNKNOWN}|{END_OF_LINE}|@[-,.]@|'?{_WORD}(?:['\u2019-]{_WORD})*|{_MARK}"
@@ -144,9 +144,9 @@ class Vocabulary:
         return "".join(symbols) if self.level == "characters" else _join(symbols)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a JSON file, which is never seen half-written.
+        """Writes a JSON file, which nobody sees half-written.
 
-        Of words it is the file of a tokenizer, which `tokenizers.Tokenizer.from_file` reads.
+        For words, `tokenizers.Tokenizer.from_file` reads the same file.
         """
         if self.level == "words":
             document = self._tokenizer.to_str()
@@ -159,8 +159,8 @@ class Vocabulary:
         """Reads what `save` wrote.
 
         Raises:
-            UsageError: the file does not hold a vocabulary, or one whose words are cut by other
-                rules; the message names it.
+            UsageError: the file, which the message names, does not hold a vocabulary, or its rules
+                for cutting words are others than those of this module.
         """
         try:
             text = pathlib.Path(path).read_text(encoding="utf-8")
@@ -174,7 +174,9 @@ class Vocabulary:
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} does not hold a vocabulary ({error!r})") from error
         if not same:
-            raise UsageError(f"{path} does not hold a vocabulary of words that are cut as here")
+            raise UsageError(
+                f"{path} does not hold a vocabulary of this module: it cuts words by other rules"
+            )
         return found
 
     @functools.cached_property

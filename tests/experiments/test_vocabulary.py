@@ -218,7 +218,7 @@ def test_other_rules_of_cutting_words_are_refused(tmp_path):
     document = json.loads(file.read_text())
     document["pre_tokenizer"] = {"type": "WhitespaceSplit"}
     file.write_text(json.dumps(document))
-    with pytest.raises(UsageError, match=r"vocabulary\.json .* words that are cut as here"):
+    with pytest.raises(UsageError, match=r"vocabulary\.json .* cuts words by other rules"):
         Vocabulary.load(file)
 
 
@@ -249,5 +249,11 @@ def test_wikitext_is_cut_as_its_authors_cut_it_where_the_rules_are_the_same(shar
         expected += [word] if whole else cut(word)
         cut_further += not whole
     assert words_of(text) == expected
+    starts, end = [], 0
+    for word in expected:
+        symbol = "\n" if word == "<eos>" else word
+        starts.append(text.index(symbol, end))
+        end = starts[-1] + len(symbol)
+    assert Vocabulary.build(text, "words").token_starts(text).tolist() == starts
     # These are "H.", "1.5", "ft)" and their like.
     assert 0 < cut_further < 0.01 * 217_646
