@@ -255,5 +255,5 @@ def test_wikitext_is_cut_as_its_authors_cut_it_where_the_rules_are_the_same(shar
         starts.append(text.index(symbol, end))
         end = starts[-1] + len(symbol)
     assert Vocabulary.build(text, "words").token_starts(text).tolist() == starts
-    # These are "H.", "1.5", "ft)" and their like.
+    # These are "U.S.", "...", "No." and their like.
     assert 0 < cut_further < 0.01 * 217_646
