@@ -100,9 +100,9 @@ class Reporter:
         for finding in findings:
             last = self._explained.get(finding.title)
             if last is None:
-                tqdm.tqdm.write(f"warning: {finding}")
+                tqdm.tqdm.write(str(finding))
             elif last < epoch:
-                tqdm.tqdm.write(f"warning: {finding.title}: {finding.evidence}")
+                tqdm.tqdm.write(f"{finding.severity.name.lower()}: {finding.title}: {finding.evidence}")
             self._explained[finding.title] = epoch
 
     def __enter__(self) -> "Reporter":
