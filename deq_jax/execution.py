@@ -35,8 +35,9 @@ class Execution:
             closures are the same on all shards and their gradients summed over them. Counts of
             evaluations and products, in `stats` and probe, are those of the shard with the most.
             An f that mixes samples mixes those of a shard, unless it uses collectives over the
-            axis; what f draws from a key in `params` is the same on every shard, unless it folds in
-            `lax.axis_index`. Reverse mode only. Inside a `shard_map` over this axis it changes
+            axis. The shard's index is folded into every PRNG key in `params` and closures, so that
+            each shard draws its own dropout masks; raw keys (integer arrays) are left as they are.
+            Reverse mode only. Inside a `shard_map` over this axis it changes
             nothing. With None there is one loop for the whole batch, whose devices agree in each
             trip whether to go on.
         cell_dtype: real floating dtype in which f is evaluated: floating leaves of params, x and z

@@ -156,7 +156,7 @@ def _over_shards(
     def local(shared: PyTree, x: PyTree, z0: PyTree, probe: BackwardProbe | None) -> Solution:
         if probe is not None:
             probe = probe._replace(evaluations=probe.evaluations[0])
-        f, params, held = shared
+        f, params, held = jax.tree.map(lambda leaf: _own_key(leaf, axis), shared)
         solution = solve(f, params, x, z0, held, probe)
         return _with_counts(solution, lambda count: count[None])
 
@@ -201,6 +201,16 @@ def _vary(leaf: Any, axis: str) -> Any:
     """Where nothing is differentiated there is no cotangent to be summed."""
     inexact = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
     return lax.pcast(leaf, axis, to="varying") if inexact else leaf
+
+
+def _own_key(leaf: Any, axis: str) -> Any:
+    """A PRNG key of each shard's own, so that two shards draw different dropout masks."""
+    if not jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+        return leaf
+    fold_in = jax.random.fold_in
+    for _ in range(leaf.ndim):
+        fold_in = jax.vmap(fold_in, (0, None))
+    return fold_in(leaf, lax.axis_index(axis))
 
 
 def _with_counts(solution: Solution, change: Callable[[jax.Array], jax.Array]) -> Solution:

@@ -32,6 +32,7 @@ from deq_jax import (
     solve_fixed_point,
 )
 from deq_jax.cells import FeedForwardCell
+from deq_jax.stability import dropout_mask
 from tests.reference import implicit_gradient, newton_equilibrium, relative_error
 from tests.test_sharding import cell, dense, make_params, normal
 
@@ -294,9 +295,38 @@ def test_leaves_of_any_kind():
     with jax.set_mesh(mesh()):
         z = solve_fixed_point(f, params, x, z0, solver=PICARD, execution=SHARDED).value
     noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(x["key"])
-    own = jax.random.normal(jax.random.fold_in(params["key"], 2), (3,))
+    own = np.repeat(
+        [
+            jax.random.normal(jax.random.fold_in(jax.random.fold_in(params["key"], shard), 2), (3,))
+            for shard in range(4)
+        ],
+        2,
+        axis=0,
+    )
     added = 0.1 * (noise + own + x["index"][:, None].astype(float) / 8)
     assert relative_error(cell(params, z, x["x"]) + added, z) < 1e-12
+
+
+def test_each_shard_drops_out_others():
+    """With one key for all shards each would drop the same entries of its samples."""
+    params, x, cotangent = inputs()
+    key = jax.random.key(3)
+
+    def f(params, z, x):
+        weights, key = params
+        mask = dropout_mask(key, 0.5, z.shape, dtype=z.dtype)
+        return cell(weights, z * mask, x)
+
+    with jax.set_mesh(mesh()):
+        got = jax.jit(jax.grad(lambda params: loss((params, key), x, cotangent, f=f)))(params)
+    masks = [
+        dropout_mask(jax.random.fold_in(key, shard), 0.5, (2, 3), dtype=x.dtype)
+        for shard in range(4)
+    ]
+    assert len({mask.tobytes() for mask in map(np.asarray, masks)}) > 1
+    masked = lambda params, z: cell(params, z * jnp.concatenate(masks), x)  # noqa: E731
+    z = newton_equilibrium(lambda z: masked(params, z), jnp.zeros_like(x))
+    assert relative_error(got, implicit_gradient(masked, params, z, cotangent)) < 1e-9
 
 
 def test_gradients_of_weights_are_summed_in_their_own_dtype():
