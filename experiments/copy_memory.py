@@ -32,10 +32,11 @@ from deq_jax import Anderson
 from deq_jax.stability import JacobianRegularization
 from experiments.data import Batch
 from experiments.data.images import epoch_order
-from experiments.train.command import exit_code, train
-from experiments.train.config import Optim, Stability, group, parse, require_all
+from experiments.train.config import Count, Optim, Settings, Stability, group, parse
 from experiments.train.errors import UsageError
+from experiments.train.loop import train
 from experiments.train.metrics import Record
+from experiments.train.reporter import exit_code
 from experiments.train.runs import RunFolder
 from experiments.train.sequences import (
     SequenceConfig,
@@ -51,7 +52,7 @@ _TRAIN_STREAM, _TEST_STREAM = 5, 6
 
 
 @dataclasses.dataclass(frozen=True)
-class CopyData:
+class CopyData(Settings):
     """The task.
 
     Attributes:
@@ -62,15 +63,11 @@ class CopyData:
         test: sequences to report on.
     """
 
-    delay: int = 100
-    shown: int = 10
-    symbols: int = 8
-    train: int = 20_000
-    test: int = 2_000
-
-    def __post_init__(self) -> None:
-        names = [field.name for field in dataclasses.fields(self)]
-        require_all(self, names, lambda value: value >= 1, "at least 1", "data.")
+    delay: Count = 100
+    shown: Count = 10
+    symbols: Count = 8
+    train: Count = 20_000
+    test: Count = 2_000
 
 
 @dataclasses.dataclass(frozen=True)

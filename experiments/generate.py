@@ -23,8 +23,8 @@ from deq_jax.models.generation import Generated, generate
 from experiments.data.vocabulary import Vocabulary
 from experiments.language_model import Config
 from experiments.report.trained import read_run
-from experiments.train.command import exit_code
 from experiments.train.errors import UsageError
+from experiments.train.reporter import exit_code
 from experiments.train.sequences import SequenceConfig
 
 

@@ -23,16 +23,17 @@ from flax import nnx
 
 from deq_jax.models.conv_deq import ConvDEQ, ExplicitConvNet, WeightTiedConvNet
 from experiments.data.images import ImageDataset, load_images
-from experiments.train.command import exit_code, train
-from experiments.train.config import TrainingConfig, group, parse, require_all
+from experiments.train.config import Count, Positive, Rate, Settings, TrainingConfig, group, parse
 from experiments.train.errors import UsageError
+from experiments.train.loop import train
+from experiments.train.reporter import exit_code
 from experiments.train.runs import RunFolder
 
 # ---------------------------------------------------------------------------------------- settings
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageData:
+class ImageData(Settings):
     """The images.
 
     Attributes:
@@ -49,19 +50,14 @@ class ImageData:
 
     name: str = "digits"
     dir: str | None = None
-    size: int | None = None
-    train: int | None = None
-    eval: int | None = None
-    validation: float = 0.0
-
-    def __post_init__(self) -> None:
-        counts = ("size", "train", "eval")
-        require_all(self, counts, lambda v: v >= 1, "at least 1", "data.")
-        require_all(self, ("validation",), lambda v: 0 <= v < 1, "at least 0 and below 1", "data.")
+    size: Count | None = None
+    train: Count | None = None
+    eval: Count | None = None
+    validation: Rate = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
+class Network(Settings):
     """The network around the equilibrium, and its cell.
 
     Attributes:
@@ -73,20 +69,20 @@ class Network:
         dropout: rate of variational dropout inside the cell, one mask a solve.
     """
 
-    channels: int = 32
-    inner_channels: int = 64
-    groups: int = 8
-    pool: int = 2
-    kernel_std: float = 0.01
-    dropout: float = 0.0
+    channels: Count = 32
+    inner_channels: Count = 64
+    groups: Count = 8
+    pool: Count = 2
+    kernel_std: Positive = 0.01
+    dropout: Rate = 0.0
 
     def __post_init__(self) -> None:
-        counts = ("channels", "inner_channels", "groups", "pool")
-        require_all(self, counts, lambda v: v >= 1, "at least 1", "network.")
-        multiple = f"a multiple of --network.groups, {self.groups}"
-        require_all(self, counts[:2], lambda v: v % self.groups == 0, multiple, "network.")
-        require_all(self, ("kernel_std",), lambda v: v > 0, "positive", "network.")
-        require_all(self, ("dropout",), lambda v: 0 <= v < 1, "at least 0 and below 1", "network.")
+        super().__post_init__()
+        if self.channels % self.groups or self.inner_channels % self.groups:
+            raise UsageError(
+                f"groups must divide channels, {self.channels}, and inner-channels, "
+                f"{self.inner_channels}, got {self.groups}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +161,7 @@ def build_model(
             return WeightTiedConvNet(depth=config.depth, **options)
         if config.model == "explicit":
             return ExplicitConvNet(depth=config.depth, **options)
-        learned = config.tools.start == "learned"
+        learned = config.stability is not None and config.stability.start == "learned"
         return ConvDEQ(learned_start=learned, **config.layer(), **options)
     except ValueError as error:  # such as a pool that does not divide the image
         raise UsageError(f"--network does not fit {dataset.name}: {error}") from error

@@ -16,6 +16,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import numpy as np
 from flax import nnx
@@ -25,9 +26,10 @@ from deq_jax.stability import JacobianRegularization
 from experiments.data import Batch
 from experiments.data.text import TextDataset, crops, load_text, stream_steps, streams, windows
 from experiments.data.vocabulary import Level
-from experiments.train.command import exit_code, train
-from experiments.train.config import Optim, Stability, group, parse, require, require_all
+from experiments.train.config import Count, Optim, Range, Rate, Settings, Stability, group, parse
+from experiments.train.loop import train
 from experiments.train.metrics import Record
+from experiments.train.reporter import exit_code
 from experiments.train.runs import RunFolder
 from experiments.train.sequences import (
     SequenceConfig,
@@ -40,7 +42,7 @@ from experiments.train.sequences import (
 
 
 @dataclasses.dataclass(frozen=True)
-class TextData:
+class TextData(Settings):
     """The text.
 
     Attributes:
@@ -61,21 +63,13 @@ class TextData:
     name: str = "tiny_shakespeare"
     dir: str | None = None
     level: Level = "characters"
-    vocabulary: int | None = None
-    evaluation: float = 0.1
-    validation: float = 0.0
-    train: int | None = None
-    eval: int | None = None
-    length: int = 64
-    steps_per_epoch: int | None = None
-
-    def __post_init__(self) -> None:
-        counts = ("vocabulary", "train", "eval", "length", "steps_per_epoch")
-        require_all(self, counts, lambda v: v >= 1, "at least 1", "data.")
-        share = self.evaluation
-        require(0 < share < 1, "data.evaluation", "above 0 and below 1", share)
-        share = self.validation
-        require(0 <= share < 1, "data.validation", "at least 0 and below 1", share)
+    vocabulary: Count | None = None
+    evaluation: Annotated[float, Range(above=0, below=1)] = 0.1
+    validation: Rate = 0.0
+    train: Count | None = None
+    eval: Count | None = None
+    length: Count = 64
+    steps_per_epoch: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Annotated
 import tyro
 
 from experiments.data.prepared import default_data_dir
-from experiments.train.command import exit_code
 from experiments.train.errors import MissingExtraError, UsageError
+from experiments.train.reporter import exit_code
 
 
 @dataclasses.dataclass(frozen=True)

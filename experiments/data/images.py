@@ -12,23 +12,19 @@ several JAX processes takes its own columns. Together they see the batches that 
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
 import tqdm
 
 from experiments.data import Batch
-from experiments.data.sources import Source, open_source
-from experiments.train.errors import UsageError
-
-DatasetName = Literal["digits", "mnist", "cifar10"]
+from experiments.train.errors import DatasetNotFoundError, UsageError
 
 _TEST_FRACTION = 0.2
 _READ_AT_ONCE = 100
@@ -102,12 +98,17 @@ def load_images(
     if eval_examples is not None and eval_examples < len(reported):
         reported = reported[fixed_split(labels(split)[reported], eval_examples)[0]]
 
-    parts = [_OnDemand(source, "train", train), _OnDemand(source, split, reported)]
     size = (len(train) + len(reported)) * math.prod(source.image_shape)
     short_name = pathlib.Path(name).name
-    if size <= in_memory_bytes:
-        description = f"reading {short_name}" if progress else None
-        parts = [_read_into_memory(part, description) for part in parts]
+    parts: list[Any] = []
+    for part in (("train", train), (split, reported)):
+        if size <= in_memory_bytes:
+            description = f"reading {short_name}" if progress else None
+            parts.append(_read_into_memory(source, *part, description))
+        else:
+            from experiments.data.streaming import OnDemand
+
+            parts.append(OnDemand(source, *part))
     return ImageDataset(
         name=short_name,
         num_classes=source.num_classes,
@@ -139,8 +140,8 @@ class ImageDataset:
     image_shape: tuple[int, int, int]
     white: int
     evaluation_name: Literal["test", "validation"]
-    _train: "_InMemory | _OnDemand"
-    _evaluation: "_InMemory | _OnDemand"
+    _train: Any
+    _evaluation: Any
 
     @property
     def train_size(self) -> int:
@@ -240,9 +241,7 @@ class ImageDataset:
         return next(self._evaluation.examples(plan))
 
 
-def _batches(
-    part: "_InMemory | _OnDemand", plan: np.ndarray, counts: np.ndarray
-) -> Iterator[Batch]:
+def _batches(part: Any, plan: np.ndarray, counts: np.ndarray) -> Iterator[Batch]:
     """The batches of a plan `[batches, B]` of positions, or this process's share of each."""
     processes, size = jax.process_count(), plan.shape[1]
     if size % processes:
@@ -275,56 +274,114 @@ class _InMemory:
         return zlib.crc32(self.labels, zlib.crc32(self.images, before))
 
 
-@dataclasses.dataclass(frozen=True)
-class _OnDemand:
-    """The examples at `positions` of a split of a source."""
-
-    source: Source
-    split: str
-    positions: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def examples(self, plan: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The images and labels of each row of a plan, decoded by threads one batch ahead."""
-        import grain
-
-        def decode(position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            images, labels = self.source.read(self.split, position[np.newaxis])
-            return images[0], labels[0]
-
-        threads = min(16, plan.shape[1])
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=plan.shape[1])
-        stream = grain.MapDataset.source(self.positions[plan.reshape(-1)]).map(decode)
-        batches = iter(stream.to_iter_dataset(options).batch(plan.shape[1]))
-        try:
-            yield from batches
-        finally:
-            batches.close()
-
-    def checksum(self, before: int) -> int:
-        """CRC-32 that continues `before`, see `ImageDataset.checksum`."""
-        described = json.dumps([self.split, self.source.fingerprint()]).encode()
-        return zlib.crc32(described, zlib.crc32(self.positions.astype("<i8"), before))
-
-
-def _read_into_memory(part: _OnDemand, description: str | None) -> _InMemory:
-    """Decodes all examples; with a progress bar if there is a description."""
-    images = np.empty((len(part), *part.source.image_shape), np.uint8)
-    labels = np.empty(len(part), np.int32)
+def _read_into_memory(
+    source: "Source", split: str, positions: np.ndarray, description: str | None
+) -> _InMemory:
+    """Decodes the examples at `positions`; with a progress bar if there is a description."""
+    images = np.empty((len(positions), *source.image_shape), np.uint8)
+    labels = np.empty(len(positions), np.int32)
 
     def fill(start: int) -> None:
         block = slice(start, start + _READ_AT_ONCE)
-        images[block], labels[block] = part.source.read(part.split, part.positions[block])
+        images[block], labels[block] = source.read(split, positions[block])
 
-    starts = range(0, len(part), _READ_AT_ONCE)
+    starts = range(0, len(positions), _READ_AT_ONCE)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         done = pool.map(fill, starts)
         disable = description is None
         for _ in tqdm.tqdm(done, description, len(starts), leave=False, disable=disable):
             pass
     return _InMemory(images, labels)
+
+
+class Source(Protocol):
+    """Labelled images that can be read in any order, from several threads at once.
+
+    Attributes:
+        sizes: the number of images in the split `train`, and in the split `test` if there is one.
+        num_classes: number of classes.
+        image_shape: `(H, W, C)`, the same for all images.
+        white: the pixel value that becomes 1.0.
+    """
+
+    sizes: Mapping[str, int]
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    white: int
+
+    def labels(self, split: str) -> np.ndarray:
+        """The labels of a split, `[N]` int32, read without decoding images."""
+
+    def read(self, split: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The images `[n, H, W, C]` uint8 and labels `[n]` int32 at `positions` of a split."""
+
+    def fingerprint(self) -> Any:
+        """What tells these data from others without decoding them; JSON can hold it."""
+
+
+def open_source(
+    name: str, data_dir: str | os.PathLike[str] | None, image_size: int | None, progress: bool
+) -> Source:
+    """Opens the source that `name` stands for.
+
+    Args:
+        name: `digits`, the path of a folder, or the name of a data set in `data_dir`. The path may
+            be that of a prepared data set or of a folder of images.
+        data_dir: folder of prepared data sets; None for `prepared.default_data_dir()`.
+        image_size: the side to which the images of a folder are resized.
+        progress: show a progress bar while a folder of images is looked through.
+
+    Raises:
+        DatasetNotFoundError: there are no such data; the message names the folder.
+        UsageError: `image_size` is given for images that have a size already.
+    """
+    folder = pathlib.Path(name).expanduser()
+    # A folder `mnist` in the working directory is not the data set; `./mnist` names the folder.
+    is_folder = folder.is_dir() and name not in ("digits", "mnist", "cifar10")
+    is_prepared = is_folder and any(folder.glob("*/dataset_info.json"))
+    if is_folder and not is_prepared:
+        from experiments.data.folders import ImageFolder
+
+        return ImageFolder(folder, image_size, progress)
+    if image_size is not None:
+        raise UsageError(f"--data.size resizes a folder of images, but {name} is a data set")
+    if name == "digits":
+        return Digits()
+    from experiments.data.prepared import PreparedImages
+
+    if is_prepared:
+        return PreparedImages(folder.resolve().name, folder.resolve().parent)
+    if len(folder.parts) > 1:
+        raise DatasetNotFoundError(f"there is no folder {folder}")
+    return PreparedImages(name, data_dir)
+
+
+class Digits:
+    """The 1,797 handwritten digits of scikit-learn, 8x8 pixels; see `Source`."""
+
+    num_classes = 10
+    image_shape: tuple[int, int, int] = (8, 8, 1)
+    white = 16
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        self._images = pixels.astype(np.uint8).reshape(-1, *self.image_shape)
+        self._labels = labels.astype(np.int32)
+        self.sizes: Mapping[str, int] = {"train": len(self._labels)}
+
+    def labels(self, split: str) -> np.ndarray:
+        """See `Source`."""
+        return self._labels
+
+    def read(self, split: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `Source`."""
+        return self._images[positions], self._labels[positions]
+
+    def fingerprint(self) -> Any:
+        """See `Source`."""
+        return ["digits", zlib.crc32(self._images), zlib.crc32(self._labels)]
 
 
 def stratified_split(

@@ -14,11 +14,10 @@ from typing import Any
 import optax
 
 from experiments import copy_memory, image_classification, language_model
-from experiments.train.checkpoints import Checkpoints
 from experiments.train.config import TrainingConfig
 from experiments.train.errors import CheckpointError, RunMismatchError, UsageError
 from experiments.train.loop import Dataset, Progress, trained_model
-from experiments.train.runs import RunFolder, differences, flat_settings
+from experiments.train.runs import Checkpoints, RunFolder, differences, flat_settings
 from experiments.train.step import initial_state
 
 SCRIPTS: dict[str, Any] = {

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import jax
@@ -31,17 +31,50 @@ from deq_jax import (
     OneStep,
     Phantom,
     Picard,
-    Solver,
     Unrolled,
 )
-from deq_jax.stability import JacobianRegularization, Normalization, SpectralNorm, WeightNorm
+from deq_jax.stability import JacobianRegularization, SpectralNorm, WeightNorm
 from experiments.train.errors import UsageError
 
-DATA_AXIS = "data"
-"""Name of the mesh axis over which batches are split."""
-
-PyTree = Any
 AnyConfig = TypeVar("AnyConfig", bound="TrainingConfig")
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The values that a setting may have, besides None: `Annotated[int, Range(1)]`."""
+
+    least: float = -math.inf
+    below: float = math.inf
+    above: float = -math.inf
+    most: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value < self.below and self.above < value <= self.most
+
+    def __str__(self) -> str:
+        words = {"at least": self.least, "above": self.above, "below": self.below}
+        words["at most"] = self.most
+        return " and ".join(f"{word} {v:g}" for word, v in words.items() if math.isfinite(v))
+
+
+Count = Annotated[int, Range(least=1)]
+Amount = Annotated[float, Range(least=0)]
+Positive = Annotated[float, Range(above=0)]
+Share = Annotated[float, Range(least=0, most=1)]
+Rate = Annotated[float, Range(least=0, below=1)]
+
+
+class Settings:
+    """Base of dataclasses whose fields are checked against the `Range` in their annotation."""
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, name)
+            for part in (kind, *typing.get_args(kind)):  # `Count` or `Count | None`
+                for allowed in getattr(part, "__metadata__", ()):
+                    if isinstance(allowed, Range) and value is not None and value not in allowed:
+                        flag = name.replace("_", "-")
+                        raise UsageError(f"{flag} must be {allowed}, got {value}")
 
 
 def choice(name: str, default: Any) -> Any:
@@ -81,53 +114,25 @@ NormalizationChoice = (
 )
 
 
-def require(ok: bool, flag: str, allowed: str, value: object) -> None:
-    """Raises a UsageError that names the flag unless its value is allowed."""
-    if not ok:
-        raise UsageError(f"--{flag.replace('_', '-')} must be {allowed}, got {value}")
-
-
-def require_all(
-    settings: Any, names: Sequence[str], is_good: Callable[[Any], bool], allowed: str, group: str
-) -> None:
-    """`require` for several fields of a dataclass; None is always allowed."""
-    for name in names:
-        value = getattr(settings, name)
-        require(value is None or is_good(value), f"{group}{name}", allowed, value)
-
-
 @dataclasses.dataclass(frozen=True)
-class Optim:
-    """The optimiser, and its learning rate: a linear rise and a cosine.
+class Optim(Settings):
+    """AdamW, with a learning rate that rises linearly and falls along a cosine.
 
     Attributes:
         lr: largest learning rate.
         final_lr: the rate at the end of the cosine.
         warmup: steps in which the rate rises to its largest.
-        clip: largest norm of the gradient.
-        weight_decay: of matrices (AdamW).
+        clip: largest norm of the gradient, which is scaled down where it is larger. None: any.
+        weight_decay: of matrices.
         beta2: Adam's second decay rate.
     """
 
-    lr: float = 1e-3
-    final_lr: float = 1e-6
-    warmup: int = 0
-    clip: float | None = None
-    weight_decay: float = 0.0
-    beta2: float = 0.999
-
-    def __post_init__(self) -> None:
-        positive = ("lr", "final_lr", "clip")
-        require_all(self, positive, lambda v: 0 < v < math.inf, "positive and finite", "optim.")
-        require(self.final_lr <= self.lr, "optim.final-lr", "at most --optim.lr", self.final_lr)
-        require_all(
-            self,
-            ("warmup", "weight_decay"),
-            lambda v: 0 <= v < math.inf,
-            "at least 0 and finite",
-            "optim.",
-        )
-        require(0 <= self.beta2 < 1, "optim.beta2", "at least 0 and below 1", self.beta2)
+    lr: Positive = 1e-3
+    final_lr: Positive = 1e-6
+    warmup: Annotated[int, Range(0)] = 0
+    clip: Positive | None = None
+    weight_decay: Amount = 0.0
+    beta2: Rate = 0.999
 
     def schedule(self, steps: int) -> optax.Schedule:
         """The learning rate at each of so many steps."""
@@ -137,20 +142,20 @@ class Optim:
         )
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """AdamW, which decays matrices alone, behind the clipping of the gradient's norm."""
-
-        def matrices(params: PyTree) -> PyTree:
-            return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
-
-        schedule = self.schedule(steps)
-        adam = optax.adamw(schedule, b2=self.beta2, weight_decay=self.weight_decay, mask=matrices)
+        """The optimiser of a training of so many steps."""
+        adam = optax.adamw(
+            self.schedule(steps),
+            b2=self.beta2,
+            weight_decay=self.weight_decay,
+            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        )
         if self.clip is None:
             return adam
         return optax.chain(optax.clip_by_global_norm(self.clip), adam)
 
 
 @dataclasses.dataclass(frozen=True)
-class Stability:
+class Stability(Settings):
     """What keeps equilibria findable while the weights change; see docs/stability.md.
 
     Attributes:
@@ -176,29 +181,20 @@ class Stability:
 
     jacobian: JacobianRegularization = JacobianRegularization(0.0)
     normalization: NormalizationChoice = None
-    correction_states: int = 1
-    correction_gamma: float = 0.8
+    correction_states: Count = 1
+    correction_gamma: Share = 0.8
     start: Literal["zeros", "cell", "mixed", "learned"] = "zeros"
-    start_weight: float = 0.1
-    pretrain_steps: int = 0
-    pretrain_depth: int = 8
-    budget_drop: int = 0
-    first_tol: float | None = None
-    tol_stages: int = 4
-    eval_max_iter: int | None = None
-
-    def __post_init__(self) -> None:
-        counts = ("correction_states", "pretrain_depth", "tol_stages", "eval_max_iter")
-        require_all(self, counts, lambda v: v >= 1, "at least 1", "stability.")
-        counts = ("pretrain_steps", "budget_drop")
-        require_all(self, counts, lambda v: v >= 0, "at least 0", "stability.")
-        gamma, weight = self.correction_gamma, self.start_weight
-        require(0 <= gamma <= 1, "stability.correction-gamma", "from 0 to 1", gamma)
-        require(0 <= weight < math.inf, "stability.start-weight", "at least 0 and finite", weight)
+    start_weight: Amount = 0.1
+    pretrain_steps: Annotated[int, Range(0)] = 0
+    pretrain_depth: Count = 8
+    budget_drop: Annotated[int, Range(0)] = 0
+    first_tol: Positive | None = None
+    tol_stages: Count = 4
+    eval_max_iter: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Settings):
     """The folder of a run, and what is shown of it.
 
     Attributes:
@@ -214,18 +210,14 @@ class RunOptions:
     dir: str | None = None
     fresh: bool = False
     elastic: bool = False
-    save_every: float = 30.0
+    save_every: Amount = 30.0
     tensorboard: bool = False
     progress: bool = True
-    warn_below: float = 0.5
-
-    def __post_init__(self) -> None:
-        require(self.save_every >= 0, "run.save-every", "at least 0", self.save_every)
-        require(0 <= self.warn_below <= 1, "run.warn-below", "from 0 to 1", self.warn_below)
+    warn_below: Share = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Settings):
     """What all training commands have in common.
 
     Attributes:
@@ -244,15 +236,15 @@ class TrainingConfig:
         stability: penalties and phases, see docs/stability.md.
     """
 
-    depth: int = 8
-    epochs: int = 12
-    batch_size: int = 32
-    eval_batch_size: int = 128
-    eval_every: int = 1
-    seed: int = 0
-    devices: int = 1
+    depth: Count = 8
+    epochs: Count = 12
+    batch_size: Count = 32
+    eval_batch_size: Count = 128
+    eval_every: Count = 1
+    seed: Annotated[int, Range(0)] = 0
+    devices: Count = 1
     precision: Literal["float32", "mixed", "bfloat16"] = "float32"
-    shrink_to: int | None = None
+    shrink_to: Count | None = None
     optim: group(Optim) = Optim()
     solver: SolverChoice = Anderson(**_LIMITS)
     gradient: GradientChoice = Implicit()
@@ -263,50 +255,52 @@ class TrainingConfig:
     model: typing.ClassVar[str]
 
     def __post_init__(self) -> None:
-        counts = ("depth", "epochs", "batch_size", "eval_batch_size", "eval_every", "devices")
-        require_all(self, (*counts, "shrink_to"), lambda v: v >= 1, "at least 1", "")
-        require(self.seed >= 0, "seed", "at least 0", self.seed)
-        divided = f"a multiple of --devices, {self.devices}"
-        sizes = ("batch_size", "eval_batch_size")
-        require_all(self, sizes, lambda v: v % self.devices == 0, divided, "")
-        if self.backward is not None and not isinstance(self.gradient, Implicit):
-            raise UsageError("backward: is the solver of gradient:implicit, not of others")
+        super().__post_init__()
+        tools, most = self.stability or Stability(), self.solver.max_iter
+        unrolls = isinstance(self.gradient, Unrolled) or tools.pretrain_steps > 0
+        rules = [
+            (self.optim.final_lr <= self.optim.lr, "optim.final-lr must be at most optim.lr"),
+            (self.batch_size % self.devices == 0, "batch-size must be a multiple of devices"),
+            (
+                self.eval_batch_size % self.devices == 0,
+                "eval-batch-size must be a multiple of devices",
+            ),
+            (
+                self.backward is None or isinstance(self.gradient, Implicit),
+                "backward: is the solver of gradient:implicit, not of other gradients",
+            ),
+            (
+                not getattr(self.gradient, "reuse", False) or isinstance(self.solver, Broyden),
+                "gradient.reuse needs solver:broyden, whose estimate of the inverse it reuses",
+            ),
+            (
+                most - tools.budget_drop >= tools.correction_states,
+                "stability.budget-drop and stability.correction-states leave nothing of "
+                f"solver.max-iter, {most}",
+            ),
+            (
+                tools.first_tol is None or tools.first_tol >= self.solver.tol > 0,
+                "stability.first-tol must be at least solver.tol, which is above 0",
+            ),
+            (
+                self.shrink_to is None or not unrolls,
+                "shrink-to does not go with gradient:unrolled or stability.pretrain-steps",
+            ),
+        ]
+        for holds, message in rules:
+            if not holds:
+                raise UsageError(message)
         try:
             policy = self.gradient_policy()
             if isinstance(policy, Implicit):
                 policy.backward_solver(self.solver)
         except ValueError as error:  # such as SHINE with another solver than Broyden's
             raise UsageError(f"solver:, gradient: and backward: do not fit: {error}") from error
-        self._check_stability()
-
-    def _check_stability(self) -> None:
-        tools, solver = self.tools, self.solver
-        budget = solver.max_iter - tools.budget_drop
-        require(
-            budget >= tools.correction_states,
-            "stability.correction-states",
-            f"at most --solver.max-iter less --stability.budget-drop, {budget}",
-            tools.correction_states,
-        )
-        require(
-            tools.first_tol is None or tools.first_tol >= solver.tol > 0,
-            "stability.first-tol",
-            "at least --solver.tol, which is above 0",
-            tools.first_tol,
-        )
-        if self.shrink_to is not None:
-            unrolls = isinstance(self.gradient, Unrolled) or tools.pretrain_steps > 0
-            require(not unrolls, "shrink-to", "left out where a loop is unrolled", self.shrink_to)
 
     @property
     def is_deq(self) -> bool:
         """Whether the model has a solver."""
         return self.model == "deq"
-
-    @property
-    def tools(self) -> Stability:
-        """The stability tools; with `stability:off` they do nothing."""
-        return Stability() if self.stability is None else self.stability
 
     @property
     def reports_backward(self) -> bool:
@@ -320,38 +314,35 @@ class TrainingConfig:
         return dataclasses.replace(self.gradient, solver=self.backward)
 
     def layer(self) -> dict[str, Any]:
-        """The arguments of the equilibrium layer: solver, gradient, execution, normalization."""
+        """The arguments of the equilibrium layer."""
         execution = Execution(
             shrink_to=self.shrink_to,
-            shard_axis=None if self.devices == 1 else DATA_AXIS,
+            shard_axis=None if self.devices == 1 else "data",
             cell_dtype=None if self.precision == "float32" else jnp.bfloat16,
             state_dtype=jnp.bfloat16 if self.precision == "bfloat16" else None,
         )
-        normalization: Normalization | None = self.tools.normalization
-        solver: Solver = self.solver
-        gradient = self.gradient_policy()
         return {
-            "solver": solver,
-            "gradient": gradient,
+            "solver": self.solver,
+            "gradient": self.gradient_policy(),
             "execution": execution,
-            "normalization": normalization,
+            "normalization": None if self.stability is None else self.stability.normalization,
         }
 
 
 _registry = tyro.constructors.ConstructorRegistry()
-_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
 @_registry.primitive_rule
 def _number_or_none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """Flags for `int | None` and for the library's real numbers, which may be arrays as well."""
     kinds = typing.get_args(info.type)
-    kind = float if jax.Array in kinds else next((k for k in _METAVARS if k in kinds), None)
+    names = {int: "INT", float: "FLOAT", str: "TEXT"}
+    kind = float if jax.Array in kinds else next((k for k in names if k in kinds), None)
     if kind is None or not ({jax.Array, type(None)} & set(kinds)):
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar=_METAVARS[kind],
+        metavar=names[kind],
         instance_from_str=lambda words: None if words[0] == "None" else kind(words[0]),
         is_instance=lambda value: value is None or isinstance(value, kind | int),
         str_from_instance=lambda value: [str(value)],
@@ -377,13 +368,12 @@ def parse(
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     preset = words.pop(0) if words and words[0] in presets else next(iter(presets))
-    names = " | ".join(presets)
     # With help for a choice its flags come after it; otherwise flags and choices mix in any order.
-    asks_help = {"-h", "--help"} & set(words)
+    asks_help = {"-h", "--help", "-H", "--help-verbose"} & set(words)
     mixed = () if asks_help else (tyro.conf.CascadeSubcommandArgs,)
     return tyro.cli(
         type(presets[preset]),
-        prog=f"python -m experiments.{script} [{names}]",
+        prog=f"python -m experiments.{script} [{' | '.join(presets)}]",
         description=doc.partition("\n\n")[0],
         default=presets[preset],
         args=words,

@@ -3,8 +3,13 @@
 import contextlib
 import dataclasses
 import functools
+import os
+import pathlib
+import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, Protocol
 
 import jax
@@ -13,15 +18,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.data import Batch
+from experiments.report.curves import draw_curves, draw_residuals
+from experiments.report.traces import residual_traces
 from experiments.train import metrics
-from experiments.train.checkpoints import Checkpoints
-from experiments.train.config import DATA_AXIS, TrainingConfig
+from experiments.train.config import TrainingConfig
 from experiments.train.errors import NonFiniteError, RunMismatchError, Stopped, UsageError
 from experiments.train.metrics import Record, Totals
-from experiments.train.phases import evaluation_phase, training_phase
-from experiments.train.reporter import Reporter
-from experiments.train.runs import RunFolder
-from experiments.train.signals import GracefulStop
+from experiments.train.reporter import Reporter, describe, environment
+from experiments.train.runs import Checkpoints, RunFolder
+from experiments.train.stability import evaluation_phase, training_phase
 from experiments.train.step import (
     TrainState,
     definition_of,
@@ -29,6 +34,7 @@ from experiments.train.step import (
     initial_state,
     make_evaluate_batch,
     make_train_step,
+    network_inputs,
 )
 
 _LOOK_SECONDS = 0.25
@@ -36,6 +42,9 @@ _LOOK_SECONDS = 0.25
 
 _ENOUGH_STEPS = 10
 """Steps of an epoch after which its figures say something."""
+
+_TRACED = 64
+"""Examples whose solves are drawn, at most."""
 
 
 class Dataset(Protocol):
@@ -89,6 +98,49 @@ class Progress:
     data: int = 0
 
 
+def train(
+    script: str,
+    config: TrainingConfig,
+    arguments: Sequence[str] | None,
+    load: Callable[[Any, RunFolder], tuple[Dataset, Any]],
+    folder: str,
+) -> Record:
+    """Trains, or goes on with training, in the folder of the run, and leaves its figures there.
+
+    Args:
+        script: name of the command in `experiments`.
+        config: its settings.
+        arguments: its command line, from which the settings were read; None for this process's.
+        load: `load(config, run)` gives the data and the network, once the run's folder is open.
+        folder: folder of the run in runs/ where the settings name none.
+
+    Returns:
+        The figures of the last epoch, and under `evaluation` what they are of.
+
+    Raises:
+        ExperimentError: something the user can put right; the message says what.
+    """
+    device_mesh(config.devices)  # on a CPU it must be made before JAX is first used
+    run = RunFolder(config.run.dir or pathlib.Path("runs") / folder)
+    words = sys.argv[1:] if arguments is None else arguments
+    with run.open(script, config, words, environment(config)):
+        if (result := run.read_result()) is not None:
+            print(f"{run.path} is finished; --run.fresh starts over")
+            return result
+        dataset, model = load(config, run)
+        print(describe(config, model, dataset.describe(), run), flush=True)
+        model, history = fit(config, model, dataset, run)
+        draw_curves(history, run.curves)
+        if config.is_deq:
+            batch = next(dataset.evaluation_batches(min(_TRACED, config.eval_batch_size)))
+            inputs = network_inputs(batch, None, dataset.white)
+            traces, tolerances = residual_traces(model, inputs, jax.numpy.asarray(batch.targets))
+            draw_residuals(traces, run.residuals, tolerances=tolerances)
+        result = {"evaluation": dataset.evaluation_name, **history[-1]}
+        run.write_result(result)
+        return result
+
+
 def fit(
     config: TrainingConfig, model: Any, dataset: Dataset, run: RunFolder
 ) -> tuple[Any, list[Record]]:
@@ -117,24 +169,22 @@ def fit(
 
     @functools.cache
     def compiled_step(phase):
-        definition = definition_of(model, phase, training=True)
-        return make_train_step(config, definition, optimizer, phase, mesh, dataset.white)
+        return make_train_step(config, model, optimizer, phase, mesh, dataset.white)
 
     @functools.cache
     def compiled_evaluation(phase):
-        definition = definition_of(model, phase, training=False)
-        return make_evaluate_batch(definition, phase, mesh, dataset.white)
+        return make_evaluate_batch(config, model, phase, mesh, dataset.white)
 
     def evaluate(state: TrainState) -> Record | None:
         """The figures of the evaluation; None if it was stopped."""
         phase = evaluation_phase(config, int(state.step))
-        solves = phase is not None and not phase.pretraining
-        carry = metrics.zeros(forward=solves), initial_memory(model, config.eval_batch_size)
+        memory = initial_memory(model, config.eval_batch_size)
+        carry = metrics.zeros(forward=config.is_deq), memory
         batches = dataset.evaluation_batches(config.eval_batch_size, multiple_of=config.devices)
         for batch in batches:
             if stop.requested():
                 return None
-            batch = place(batch, mesh, P(DATA_AXIS))
+            batch = place(batch, mesh, P("data"))
             carry = compiled_evaluation(phase)(carry, state.params, state.rest, batch)
         totals, name = jax.device_get(carry[0]), dataset.evaluation_name
         record = metrics.loss_record(totals, name)
@@ -174,8 +224,9 @@ def fit(
             ):
                 if stop.requested():
                     break
-                phase = training_phase(config, epoch * steps_per_epoch + progress.position, steps)
-                state, loss = compiled_step(phase)(state, place(batch, mesh, P(DATA_AXIS)))
+                step = epoch * steps_per_epoch + progress.position
+                phase = training_phase(config, step, steps) if config.stability else None
+                state, loss = compiled_step(phase)(state, place(batch, mesh, P("data")))
                 progress.position += 1
                 # Waiting for the step before keeps the device busy with this one, and keeps the
                 # host from queueing the whole epoch, after which nobody could stop it.
@@ -261,9 +312,46 @@ def device_mesh(count: int) -> Mesh | None:
             f"devices here, got {count}"
         )
     auto = (AxisType.Auto,)
-    return jax.make_mesh((count,), (DATA_AXIS,), axis_types=auto, devices=devices[:count])
+    return jax.make_mesh((count,), ("data",), axis_types=auto, devices=devices[:count])
 
 
 def place(values: Any, mesh: Mesh | None, spec: P) -> Any:
     """The arrays on the devices of the mesh: `P()` whole on each, `P("data")` split on axis 0."""
     return values if mesh is None else jax.device_put(values, NamedSharding(mesh, spec))
+
+
+class GracefulStop:
+    """While entered, the first SIGINT or SIGTERM is only noted; the second one kills.
+
+    Attributes:
+        signal: the signal received, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def requested(self) -> bool:
+        """Whether somebody asked to stop."""
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process ended by this signal: 130 or 143; 0 without one."""
+        return 0 if self.signal is None else 128 + self.signal
+
+    def __enter__(self) -> "GracefulStop":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        for each in self._previous:
+            signal.signal(each, signal.SIG_DFL)
+        # Not `print`: the signal may have interrupted one, whose buffer must not be entered twice.
+        os.write(2, b"\nstopping after this step; once more to stop without saving\n")

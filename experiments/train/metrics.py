@@ -1,10 +1,15 @@
-"""Sums over an epoch, kept on the device: no step waits for them, and a checkpoint holds them."""
+"""What a pass through a network gives, and its sums over an epoch.
+
+The sums are kept on the device: no step waits for them, and a checkpoint holds them.
+"""
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from deq_jax import BackwardProbe, SolveStats, Status
 from deq_jax.stability import SolveSummary
@@ -17,6 +22,29 @@ Totals = dict[str, jax.Array]
 
 NEVER = np.iinfo(np.int32).max
 """The failed step of a training in which none failed."""
+
+
+class Outcome(NamedTuple):
+    """What a pass through a network gave.
+
+    Attributes:
+        loss: mean cross-entropy of the answer.
+        extra: what is added to it.
+        logits: `[B, classes]`; `[B, L, classes]` for sequences.
+        stats: of the solve; None for a model without one.
+        memory: for the next segment of the sequences; None without memory.
+    """
+
+    loss: jax.Array
+    extra: jax.Array
+    logits: jax.Array
+    stats: SolveStats | None
+    memory: Any
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean over all that is predicted."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
 def batch_totals(

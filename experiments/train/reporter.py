@@ -1,25 +1,32 @@
-"""What a run shows while it trains: a bar, a line an epoch, metrics.jsonl, curves, TensorBoard."""
+"""What a run shows: a header, a bar, a line an epoch, findings, files, and its exit code."""
 
+import contextlib
+import errno
+import importlib.metadata
 import json
 import math
+import platform
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import tqdm
 
-from deq_jax import diagnose
+from deq_jax import Execution, diagnose
+from deq_jax.models.conv_deq import count_parameters
 from deq_jax.stability import Limits
 from experiments.report.curves import draw_curves
 from experiments.train import metrics
-from experiments.train.config import TrainingConfig
-from experiments.train.errors import MissingExtraError
+from experiments.train.config import Stability, TrainingConfig
+from experiments.train.errors import ExperimentError, MissingExtraError
 from experiments.train.metrics import Record, Totals
-from experiments.train.runs import RunFolder, write_atomically
+from experiments.train.runs import RunFolder, flat_settings, write_atomically
 
 _REDRAW_SECONDS = 30.0
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _BAR_SECONDS = 10.0
 """Between two refreshes of a bar that goes to a file, where each one is a line."""
 
@@ -102,7 +109,9 @@ class Reporter:
             if last is None:
                 tqdm.tqdm.write(str(finding))
             elif last < epoch:
-                tqdm.tqdm.write(f"{finding.severity.name.lower()}: {finding.title}: {finding.evidence}")
+                tqdm.tqdm.write(
+                    f"{finding.severity.name.lower()}: {finding.title}: {finding.evidence}"
+                )
             self._explained[finding.title] = epoch
 
     def __enter__(self) -> "Reporter":
@@ -147,6 +156,74 @@ def epoch_line(record: Record) -> str:
                 parts[-1] += f", {record[f'{solve}_diverged']} DIVERGED"
     parts.append(f"{record['seconds']:.1f} s")
     return " | ".join(parts)
+
+
+@contextlib.contextmanager
+def exit_code() -> Iterator[list[int]]:
+    """Turns errors that the user can put right into a message and an exit code.
+
+    0: finished; 1: the loss became non-finite; 2: a bad flag, missing data, a run with other
+    settings, a folder that cannot be written; 130 and 143: stopped by Ctrl-C or SIGTERM.
+
+    Yields:
+        A list whose first element is the exit code, once the block has ended.
+    """
+    code = [0]
+    try:
+        yield code
+    except ExperimentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code[0] = error.exit_code
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        print(
+            f"error: cannot write {error.filename or 'to the folder of the run'}: "
+            f"{error.strerror}. What was saved before is whole: the same command goes on from it",
+            file=sys.stderr,
+        )
+        code[0] = 2
+    except KeyboardInterrupt:  # before or after the training, where there is nothing to save
+        code[0] = 130
+
+
+def describe(config: TrainingConfig, model: Any, data: str, run: RunFolder) -> str:
+    """What is trained, on what and where."""
+    lines = [
+        f"data: {data}",
+        f"model: {config.model}, {count_parameters(model):,} parameters",
+    ]
+    if config.is_deq:
+        layer = config.layer()
+        lines += [f"solver: {layer['solver']}", f"gradient: {layer['gradient']}"]
+        if layer["execution"] != Execution():
+            lines.append(f"execution: {layer['execution']}")
+        tools, none = flat_settings(config.stability or Stability()), flat_settings(Stability())
+        changed = [f"{name} {value}" for name, value in tools.items() if none.get(name) != value]
+        if changed:
+            lines.append(f"stability: {', '.join(changed)}")
+    else:
+        lines.append("a control has no solver: solver, gradient, backward and stability are unused")
+    return "\n".join([*lines, f"device: {device_name(config.devices)}", f"run: {run.path}"])
+
+
+def device_name(count: int) -> str:
+    """What the training runs on, in words."""
+    device = jax.devices()[0]
+    name = device.platform
+    if device.device_kind != device.platform:
+        name += f" ({device.device_kind})"
+    return name if count == 1 else f"{count} x {name}"
+
+
+def environment(config: TrainingConfig) -> dict[str, str]:
+    """The versions and the device, which are recorded with a run."""
+    return {
+        "deq_jax": importlib.metadata.version("deq_jax"),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": device_name(config.devices),
+    }
 
 
 def _open_tensorboard(run: RunFolder) -> Any:

@@ -1,7 +1,7 @@
 """The networks of the commands for sequences, and the settings of these networks."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from flax import nnx
 
@@ -14,7 +14,16 @@ from deq_jax.models.deq_transformer import (
 )
 from deq_jax.models.deq_trellis import DEQTrellisNet, ExplicitTrellisNet, WeightTiedTrellisNet
 from deq_jax.models.recurrent import RecurrentNet
-from experiments.train.config import TrainingConfig, choice, group, require, require_all
+from experiments.train.config import (
+    Count,
+    Positive,
+    Range,
+    Rate,
+    Settings,
+    TrainingConfig,
+    choice,
+    group,
+)
 from experiments.train.errors import UsageError
 
 
@@ -62,7 +71,7 @@ CellChoice = choice("transformer", Transformer()) | choice("trellis", Trellis())
 
 
 @dataclasses.dataclass(frozen=True)
-class SequenceNetwork:
+class SequenceNetwork(Settings):
     """The network around the equilibrium.
 
     Attributes:
@@ -78,18 +87,13 @@ class SequenceNetwork:
             instead of keeping what is inside it.
     """
 
-    features: int = 128
-    hidden_features: int = 512
+    features: Count = 128
+    hidden_features: Count = 512
     tied: bool = True
-    dropout: float = 0.0
-    kernel_std: float | None = None
-    memory: int = 0
+    dropout: Rate = 0.0
+    kernel_std: Positive | None = None
+    memory: Annotated[int, Range(0)] = 0
     remat: bool = False
-
-    def __post_init__(self) -> None:
-        counts = ("features", "hidden_features")
-        require_all(self, counts, lambda v: v >= 1, "at least 1", "network.")
-        require(self.memory >= 0, "network.memory", "at least 0", self.memory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +113,7 @@ class SequenceConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tools.start == "learned":
+        if self.stability is not None and self.stability.start == "learned":
             raise UsageError("--stability.start learned is for images, not for sequences")
         if self.is_recurrent and self.network.memory:
             raise UsageError(f"--network.memory is not for --model {self.model}")

@@ -13,14 +13,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deq_jax import BackwardProbe, SolveStats
+from deq_jax import BackwardProbe
 from deq_jax.models.sequence import Segment
-from deq_jax.stability import corrected_loss, initializer_loss, mixed_initial, one_application
 from experiments.data import Batch
-from experiments.train import metrics
-from experiments.train.config import Stability, TrainingConfig
-from experiments.train.metrics import Totals
-from experiments.train.phases import Phase
+from experiments.train import metrics, stability
+from experiments.train.config import TrainingConfig
+from experiments.train.metrics import Outcome, Totals, cross_entropy
 
 PyTree = Any
 
@@ -45,27 +43,6 @@ class TrainState(NamedTuple):
     memory: PyTree
 
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
-
-
-class Outcome(NamedTuple):
-    """What a pass through a network gave.
-
-    Attributes:
-        loss: mean cross-entropy of the answer.
-        extra: what is added to it.
-        logits: `[B, classes]`; `[B, L, classes]` for sequences.
-        stats: of the solve; None for a model without one.
-        memory: for the next segment of the sequences; None without memory.
-    """
-
-    loss: jax.Array
-    extra: jax.Array
-    logits: jax.Array
-    stats: SolveStats | None
-    memory: PyTree
-
-
 def initial_state(
     config: TrainingConfig, model: nnx.Module, optimizer: optax.GradientTransformation
 ) -> TrainState:
@@ -85,12 +62,12 @@ def initial_state(
 
 def make_train_step(
     config: TrainingConfig,
-    definition: nnx.GraphDef,
+    model: nnx.Module,
     optimizer: optax.GradientTransformation,
-    phase: Phase | None,
+    phase: stability.Phase | None,
     mesh: Mesh | None,
     white: int,
-) -> TrainStep:
+) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
     """A jitted training step, which uses up (donates) the state it is given.
 
     Besides the gradient of the parameters the step takes that of a `BackwardProbe`, which is how
@@ -99,40 +76,44 @@ def make_train_step(
 
     Args:
         config: the settings.
-        definition: the model in training mode, its layer solved as in the phase.
+        model: the network; stays as it is.
         optimizer: the optimiser.
-        phase: how its layer is solved; None for a model without a solver.
+        phase: how its layer is solved with `stability:on`; None otherwise.
         mesh: devices over which the batch is split; None for one device.
         white: value of a white pixel, for images.
 
     Returns:
         `train_step(state, batch) -> (state, loss)`.
     """
-    counted = phase is not None and not phase.pretraining
+    definition = definition_of(model, phase, training=True)
+    counted = config.is_deq and not (phase and phase.pretraining)
 
     def loss_of(params, probe, rest, memory, batch, step):
         # A copy: the batch statistics that the call updates are to be those of this trace level.
         model = nnx.merge(definition, params, rest, copy=True)
         inputs = network_inputs(batch, memory, white)
-        outcome = forward(config, phase, model, inputs, batch.targets, step, probe)
+        if phase is None:
+            outcome = forward(config, model, inputs, batch.targets, probe)
+        else:
+            outcome = stability.forward(config, phase, model, inputs, batch.targets, probe, step)
         _, _, rest = split_model(model)
         return outcome.loss + outcome.extra, (outcome, rest)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-        size = batch.targets.size
+        # Forward and backward
         reports = counted and config.reports_backward
         probe = BackwardProbe.zeros(len(batch.targets)) if reports else None
-
-        # Forward and backward
-        (loss, (outcome, rest)), (gradient, report) = jax.value_and_grad(
-            loss_of, argnums=(0, 1), has_aux=True
-        )(state.params, probe, state.rest, state.memory, batch, state.step)
+        differentiate = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+        (loss, (outcome, rest)), (gradient, report) = differentiate(
+            state.params, probe, state.rest, state.memory, batch, state.step
+        )
 
         # Update
         updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
         # Figures
+        size = batch.targets.size
         correct = outcome.logits.argmax(-1) == batch.targets
         finite = jnp.isfinite(loss + optax.tree.norm(gradient))
         stats = outcome.stats if counted else None
@@ -143,118 +124,70 @@ def make_train_step(
         state = TrainState(params, rest, optimizer_state, state.step + 1, totals, outcome.memory)
         return state, outcome.loss
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=same_on_all(mesh))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=whole(mesh))
 
 
 def forward(
     config: TrainingConfig,
-    phase: Phase | None,
     model: Any,
     inputs: PyTree,
     targets: jax.Array,
-    step: jax.Array,
-    probe: BackwardProbe | None,
+    probe: BackwardProbe | None = None,
 ) -> Outcome:
-    """One pass in training.
-
-    The loss is the mean cross-entropy of the answer. As far as the settings ask for them,
-    `Σ γ^k loss(z_k)` over states along the way, `weight ‖J‖² / D` and `weight |z_0 - z*|` are
-    added to it.
+    """One pass; the loss is the mean cross-entropy.
 
     Args:
         config: the settings.
-        phase: how the layer is solved; None for a model without a solver.
-        model: the network in training mode.
-        inputs: what the network takes.
+        model: the network.
+        inputs: what it takes.
         targets: `[B]` classes, or `[B, L]`.
-        step: number of the step; all that is random depends on it and the seed.
         probe: where the backward solve reports.
     """
-    remembers = has_memory(inputs)
-    if phase is None:
-        logits, memory = model(inputs, return_memory=True) if remembers else (model(inputs), None)
-        loss = cross_entropy(logits, targets)
-        return Outcome(loss, jnp.zeros_like(loss), logits, None, memory)
-
-    # The equilibrium
-    tools = config.tools
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
-    start_key, jacobian_key = jax.random.split(key)
-    injection = model.injection(inputs)
-    equation, like = model.core.equation(injection), model.zeros(injection)
-    z0 = _start(tools, model, equation, injection, like, start_key)
-    z, stats, *samples = model.core(
-        injection,
-        z0,
-        return_stats=True,
-        backward_probe=probe,
-        sample_at=phase.sample_at,
-        sample_gradient=phase.sample_gradient,
-    )
-    z = cast_like(z, like)
-
-    # The answer, and what is added to its loss
-    aside = nnx.merge(*nnx.split(model), copy=True)  # the running statistics are the answer's
-    logits = model.classify(z)
+    options: dict[str, Any] = {}
+    if config.is_deq:
+        options = {"return_stats": True, "backward_probe": probe}
+    if isinstance(inputs, Segment):
+        options["return_memory"] = True
+    returned = model(inputs, **options)
+    logits, *others = returned if options else (returned,)
+    stats = others.pop(0) if config.is_deq else None
+    memory = others.pop(0) if others else None
     loss = cross_entropy(logits, targets)
-    extra = jnp.zeros_like(loss)
-    if samples:
-
-        def loss_of(z: PyTree) -> jax.Array:
-            return cross_entropy(aside.classify(cast_like(z, like)), targets)
-
-        gamma = tools.correction_gamma
-        extra += gamma * corrected_loss(loss_of, samples[0], gamma)
-    if tools.start == "learned":
-        extra += tools.start_weight * initializer_loss(z0, z)
-    if tools.jacobian.weight or tools.jacobian.increment:
-        f, params, x = equation
-        extra += tools.jacobian(f, params, z, x, key=jacobian_key, step=step)
-    memory = model.memory(injection, z) if remembers else None
-    return Outcome(loss, extra, logits, stats, memory)
-
-
-def _start(
-    tools: Stability, model: Any, equation: Any, injection: PyTree, like: PyTree, key: jax.Array
-) -> PyTree:
-    """Where a training solve starts."""
-    if tools.start == "learned":
-        return model.start(injection)
-    if tools.start == "mixed":
-        return mixed_initial(key, like)
-    return one_application(*equation, like) if tools.start == "cell" else like
+    return Outcome(loss, jnp.zeros_like(loss), logits, stats, memory)
 
 
 def make_evaluate_batch(
-    definition: nnx.GraphDef, phase: Phase | None, mesh: Mesh | None, white: int
-) -> Callable[[tuple[Totals, PyTree], PyTree, PyTree, Batch], tuple[Totals, PyTree]]:
+    config: TrainingConfig,
+    model: nnx.Module,
+    phase: stability.Phase | None,
+    mesh: Mesh | None,
+    white: int,
+) -> Callable[[tuple[Totals, PyTree], TrainState, Batch], tuple[Totals, PyTree]]:
     """A jitted `evaluate_batch((totals, memory), params, rest, batch)`, which returns the former.
 
     Args:
-        definition: the model in evaluation mode, its layer solved as in the phase.
-        phase: how its layer is solved; None for a model without a solver.
+        config: the settings.
+        model: the network; stays as it is.
+        phase: how its layer is solved with `stability:on`; None otherwise.
         mesh: devices over which the batch is split; None for one device.
         white: value of a white pixel, for images.
     """
-    solves = phase is not None and not phase.pretraining
+    definition = definition_of(model, phase, training=False)
+    counted = config.is_deq and not (phase and phase.pretraining)
 
     def evaluate_batch(carry, params, rest, batch):
         totals, memory = carry
         model = nnx.merge(definition, params, rest, copy=True)
-        options = {"return_stats": True} if solves else {}
-        if memory is not None:
-            options["return_memory"] = True
-        returned = model(network_inputs(batch, memory, white), **options)
-        returned = list(returned) if options else [returned]
-        logits = returned.pop(0)
-        stats = returned.pop(0) if solves else None
-        memory = returned.pop() if returned else None
+        inputs = network_inputs(batch, memory, white)
+        _, _, logits, stats, memory = forward(config, model, inputs, batch.targets)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
         loss = jnp.where(batch.counts, losses, 0).sum()
         correct = logits.argmax(-1) == batch.targets
-        return metrics.add(totals, metrics.batch_totals(loss, correct, batch.counts, stats)), memory
+        stats = stats if counted else None
+        batch_totals = metrics.batch_totals(loss, correct, batch.counts, stats)
+        return metrics.add(totals, batch_totals), memory
 
-    return jax.jit(evaluate_batch, donate_argnums=0, out_shardings=same_on_all(mesh))
+    return jax.jit(evaluate_batch, donate_argnums=0, out_shardings=whole(mesh))
 
 
 def network_inputs(batch: Batch, memory: PyTree, white: int) -> jax.Array | Segment:
@@ -275,13 +208,18 @@ def network_inputs(batch: Batch, memory: PyTree, white: int) -> jax.Array | Segm
     return Segment(inputs, memory)
 
 
+def initial_memory(model: Any, size: int) -> PyTree:
+    """What the network starts a batch of that size with; None without memory."""
+    return model.initial_memory(size) if hasattr(model, "initial_memory") else None
+
+
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, PyTree, PyTree]:
     """The model as its static definition, the values of its parameters and all other values."""
     definition, params, rest = nnx.split(model, nnx.Param, ...)
     return definition, nnx.as_pure(params), nnx.as_pure(rest)
 
 
-def definition_of(model: Any, phase: Phase | None, *, training: bool) -> nnx.GraphDef:
+def definition_of(model: Any, phase: stability.Phase | None, *, training: bool) -> nnx.GraphDef:
     """The network's definition with its layer solved as in a phase; the network stays as it is."""
     model.train() if training else model.eval()
     if phase is None:
@@ -296,26 +234,6 @@ def definition_of(model: Any, phase: Phase | None, *, training: bool) -> nnx.Gra
     return definition
 
 
-def initial_memory(model: Any, size: int) -> PyTree:
-    """What the network starts a batch of that size with; None without memory."""
-    return model.initial_memory(size) if hasattr(model, "initial_memory") else None
-
-
-def has_memory(inputs: PyTree) -> bool:
-    """Whether a network's input is a segment with memory."""
-    return isinstance(inputs, Segment) and inputs.memory is not None
-
-
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean over all that is predicted."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-
-def cast_like(z: PyTree, like: PyTree) -> PyTree:
-    """The state in the dtypes of another: a solve may be in a lower precision."""
-    return jax.tree.map(lambda leaf, model: leaf.astype(model.dtype), z, like)
-
-
-def same_on_all(mesh: Mesh | None) -> NamedSharding | None:
+def whole(mesh: Mesh | None) -> NamedSharding | None:
     """The sharding of what is whole on every device."""
     return None if mesh is None else NamedSharding(mesh, P())

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from experiments import prepare_data
-from experiments.data.images import epoch_order, load_images, stratified_split
+from experiments.data.folders import ImageFolder
+from experiments.data.images import Digits, epoch_order, load_images, stratified_split
 from experiments.data.prepared import PreparedImages
-from experiments.data.sources import Digits, ImageFolder
 from experiments.train.errors import DatasetNotFoundError, UsageError
 
 ON_DEMAND = {"in_memory_bytes": 0}

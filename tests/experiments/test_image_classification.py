@@ -11,7 +11,7 @@ from flax import nnx
 from deq_jax import BackwardProbe
 from experiments import image_classification as script
 from experiments.data.images import load_dataset
-from experiments.data.sources import Images
+from experiments.data.XX import Images
 from experiments.report.traces import residual_traces
 from experiments.train import training
 from experiments.train.checkpoints import Checkpoints

@@ -1,109 +1,13 @@
-"""Where images come from: scikit-learn, prepared data sets, folders of image files.
+"""Folders of image files, one folder for each class."""
 
-`open_source` chooses. A source knows how many images it has without decoding one, and decodes the
-images that `read` is asked for.
-"""
-
-import os
 import pathlib
-import zlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tqdm
 
-from experiments.data.prepared import PreparedImages
 from experiments.train.errors import DatasetNotFoundError, UsageError
-
-
-class Source(Protocol):
-    """Labelled images that can be read in any order, from several threads at once.
-
-    Attributes:
-        sizes: the number of images in the split `train`, and in the split `test` if there is one.
-        num_classes: number of classes.
-        image_shape: `(H, W, C)`, the same for all images.
-        white: the pixel value that becomes 1.0.
-    """
-
-    sizes: Mapping[str, int]
-    num_classes: int
-    image_shape: tuple[int, int, int]
-    white: int
-
-    def labels(self, split: str) -> np.ndarray:
-        """The labels of a split, `[N]` int32, read without decoding images."""
-        ...
-
-    def read(self, split: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The images `[n, H, W, C]` uint8 and labels `[n]` int32 at `positions` of a split."""
-        ...
-
-    def fingerprint(self) -> Any:
-        """What tells these data from others without decoding them; JSON can hold it."""
-        ...
-
-
-def open_source(
-    name: str, data_dir: str | os.PathLike[str] | None, image_size: int | None, progress: bool
-) -> Source:
-    """Opens the source that `name` stands for.
-
-    Args:
-        name: `digits`, the path of a folder, or the name of a data set in `data_dir`. The path may
-            be that of a prepared data set or of a folder of images.
-        data_dir: folder of prepared data sets; None for `prepared.default_data_dir()`.
-        image_size: the side to which the images of a folder are resized.
-        progress: show a progress bar while a folder of images is looked through.
-
-    Raises:
-        DatasetNotFoundError: there are no such data; the message names the folder.
-        UsageError: `image_size` is given for images that have a size already.
-    """
-    folder = pathlib.Path(name).expanduser()
-    # A folder `mnist` in the working directory is not the data set; `./mnist` names the folder.
-    is_folder = folder.is_dir() and name not in ("digits", "mnist", "cifar10")
-    is_prepared = is_folder and any(folder.glob("*/dataset_info.json"))
-    if is_folder and not is_prepared:
-        return ImageFolder(folder, image_size, progress)
-    if image_size is not None:
-        raise UsageError(f"--data.size resizes a folder of images, but {name} is a data set")
-    if name == "digits":
-        return Digits()
-    if is_prepared:
-        return PreparedImages(folder.resolve().name, folder.resolve().parent)
-    if len(folder.parts) > 1:
-        raise DatasetNotFoundError(f"there is no folder {folder}")
-    return PreparedImages(name, data_dir)
-
-
-class Digits:
-    """The 1,797 handwritten digits of scikit-learn, 8x8 pixels; see `Source`."""
-
-    num_classes = 10
-    image_shape: tuple[int, int, int] = (8, 8, 1)
-    white = 16
-
-    def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-
-        pixels, labels = load_digits(return_X_y=True)
-        self._images = pixels.astype(np.uint8).reshape(-1, *self.image_shape)
-        self._labels = labels.astype(np.int32)
-        self.sizes: Mapping[str, int] = {"train": len(self._labels)}
-
-    def labels(self, split: str) -> np.ndarray:
-        """See `Source`."""
-        return self._labels
-
-    def read(self, split: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `Source`."""
-        return self._images[positions], self._labels[positions]
-
-    def fingerprint(self) -> Any:
-        """See `Source`."""
-        return ["digits", zlib.crc32(self._images), zlib.crc32(self._labels)]
 
 
 class ImageFolder:
@@ -144,11 +48,11 @@ class ImageFolder:
         self.image_shape = self._check_heads(progress)
 
     def labels(self, split: str) -> np.ndarray:
-        """See `Source`."""
+        """See `images.Source`."""
         return self._labels[split]
 
     def read(self, split: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `Source`.
+        """See `images.Source`.
 
         Raises:
             DatasetNotFoundError: a file cannot be decoded; the message names it.
@@ -159,7 +63,7 @@ class ImageFolder:
         return images, self._labels[split][positions]
 
     def fingerprint(self) -> Any:
-        """See `Source`: the path inside the folder and the size in bytes of every file."""
+        """See `images.Source`: the path inside the folder and the size in bytes of every file."""
         files = [
             (file.relative_to(self._folder).as_posix(), file.stat().st_size)
             for split in self._files
