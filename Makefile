@@ -16,7 +16,7 @@ $(INSTALLED): requirements.txt setup.cfg pyproject.toml
 install: $(INSTALLED)
 
 demo: install
-	@$(BIN)/python -m experiments.image_classification --preset digits
+	@$(BIN)/python -m experiments.image_classification
 
 lint: install
 	@$(BIN)/ruff check .
