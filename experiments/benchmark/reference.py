@@ -1,13 +1,14 @@
-"""The float64 reference of a problem, in a process of its own: z* and the gradient.
+"""The float64 reference of all experiments: an equilibrium and its gradient.
 
-The solution is that of a long solve; the referee measures its residual without JAX. The gradient
-uses none of deq_jax: the cell's derivatives are JAX's, the transposed system is solved by SciPy's
-GMRES.
+The equilibrium is that of a long solve, and its residual is checked. The gradient uses none of
+deq_jax: the products with the Jacobian are JAX's, and SciPy's GMRES solves the transposed system
 
-    python -m experiments.benchmark.reference PROBLEM.npz REFERENCE.npz
+    (I - ∂f/∂z)ᵀ u = cotangent,    gradient = (∂f/∂inputs)ᵀ u,
+
+for all samples at once.
 """
 
-import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,89 +17,91 @@ import numpy as np
 from scipy.sparse.linalg import LinearOperator, gmres
 
 from deq_jax import Anderson, solve_fixed_point
-from experiments.benchmark import cells_jax
+from experiments.benchmark.jax_calls import CELLS, cross_entropy, injection
 from experiments.benchmark.problems import Arrays, Problem, cell_params
 from experiments.benchmark.referee import norms
 
+PyTree = Any
+Map = Callable[[PyTree, jax.Array], jax.Array]
+"""`f(inputs, z)`, with float64 inputs and a state `[B, ...]`."""
 
-def solve_transposed(pullback: Any, y: jax.Array) -> jax.Array:
-    """`u = Jᵀ u + y` by GMRES, all samples as one system."""
-    product = jax.jit(lambda pullback, u: u - pullback(u)[0])
+
+def equilibrium(f: Map, inputs: PyTree, z0: jax.Array) -> jax.Array:
+    """The solution of `z = f(inputs, z)`, to a relative residual of 1e-12 in every sample.
+
+    Raises:
+        RuntimeError: the residual of some sample is larger.
+    """
+    solver = Anderson(tol=1e-13, max_iter=2000)
+    z = solve_fixed_point(lambda inputs, z, _: f(inputs, z), inputs, z0, z0, solver=solver).value
+    fz = np.asarray(f(inputs, z), np.float64)
+    residual = norms(fz - np.asarray(z)) / norms(fz)
+    if not residual.max() <= 1e-12:
+        raise RuntimeError(f"the reference was not found: its residual is {residual.max():.1e}")
+    return z
+
+
+def implicit_gradient(f: Map, inputs: PyTree, z: jax.Array, cotangent: Any) -> PyTree:
+    """The gradient of `vdot(cotangent, z)` with respect to `inputs`, to 1e-12.
+
+    Args:
+        f: see `Map`.
+        inputs: all that is differentiated in.
+        z: the equilibrium.
+        cotangent: shaped like z.
+
+    Raises:
+        RuntimeError: GMRES did not converge.
+    """
+    _, pullback = jax.vjp(f, inputs, z)
+    product = jax.jit(lambda pullback, u: u - pullback(u)[1])
 
     def matvec(u: np.ndarray) -> np.ndarray:
-        return np.array(product(pullback, u.reshape(y.shape))).ravel()  # SciPy writes into it
+        return np.array(product(pullback, u.reshape(z.shape))).ravel()  # SciPy writes into it
 
-    operator = LinearOperator((y.size, y.size), matvec, dtype=np.float64)
-    u, _ = gmres(operator, np.asarray(y).ravel(), rtol=1e-10, restart=30, maxiter=40)
-    return jnp.asarray(u.reshape(y.shape))
-
-
-def equilibrium(problem: Problem, params: Any, x: Any) -> jax.Array:
-    """z*, as exact as it can be had."""
-    solver = Anderson(tol=1e-13, max_iter=2000)
-    cell = cells_jax.CELLS[problem.cell]
-    return solve_fixed_point(cell, params, x, jnp.zeros_like(x["x"]), solver=solver).value
+    operator = LinearOperator((z.size, z.size), matvec, dtype=np.float64)
+    right = np.asarray(cotangent, np.float64).ravel()
+    u, failed = gmres(operator, right, rtol=1e-12, restart=50, maxiter=40)
+    if failed:
+        raise RuntimeError("the transposed system of the reference was not solved")
+    return pullback(jnp.asarray(u.reshape(z.shape)))[0]
 
 
-def of_equation(problem: Problem, params: Any, x: Any) -> Arrays:
-    """Reference of a plain equation: gradients of `vdot(cotangent, z*)` in params and x."""
-    cell = cells_jax.CELLS[problem.cell]
-    z, y = equilibrium(problem, params, x), jnp.asarray(problem.cotangent, jnp.float64)
-    _, pullback = jax.vjp(lambda z: cell(params, z, x), z)
-    u = solve_transposed(pullback, y)
-    gradients = jax.vjp(lambda params, x: cell(params, z, x), params, x)[1](u)
-    named = {
-        f"{group}/{name}": g
-        for group, tree in zip(("params", "x"), gradients, strict=True)
-        for name, g in tree.items()
-    }
-    return _collect(problem, z, y, {"x": x}, params, named)
+def reference_of(problem: Problem) -> Arrays:
+    """The reference of a problem of the benchmark, in float64.
 
-
-def of_network(problem: Problem, params: Any, x: Any) -> Arrays:
-    """Reference of the network: gradients of the loss in all parameters."""
-    cell = cells_jax.CELLS[problem.cell]
-    inside = cell_params(params)
-    injected, pull_injection = jax.vjp(lambda p: cells_jax.injection(p, x["images"]), params)
-    z = equilibrium(problem, inside, {"x": injected})
-    around, y = jax.grad(cells_jax.cross_entropy, (0, 1))(params, z, x["labels"])
-    _, pullback = jax.vjp(lambda z: cell(inside, z, {"x": injected}), z)
-    u = solve_transposed(pullback, y)
-    _, pullback = jax.vjp(lambda p, injected: cell(p, z, {"x": injected}), inside, injected)
-    of_cell, of_injection = pullback(u)
-    (before,) = pull_injection(of_injection)
-    total = {name: around[name] + before[name] for name in params}
-    for name, gradient in of_cell.items():
-        total[f"cell.{name}"] += gradient
-    named = {f"params/{name}": gradient for name, gradient in total.items()}
-    return _collect(problem, z, y, {"x": {"x": injected}}, inside, named)
-
-
-def _collect(problem: Problem, z: Any, y: Any, x: Any, params: Any, gradients: Any) -> Arrays:
-    fz = cells_jax.CELLS[problem.cell](params, z, x["x"])
-    arrays = {
-        "z": z,
-        "size": norms(np.asarray(fz)),
-        "cotangent_size": norms(np.asarray(y)),
-        **{f"gradient/{name}": gradient for name, gradient in gradients.items()},
-    }
-    return {name: np.asarray(array) for name, array in arrays.items()}
-
-
-def main() -> None:
-    """Reads the problem and writes its reference."""
-    problem = Problem.load(sys.argv[1])
+    Returns:
+        `z`, the sizes of `f(z)` and of the cotangent of each sample, and `gradient/...`: in params
+        and x, or for a network in all of its parameters.
+    """
+    cell = CELLS[problem.cell]
     with jax.enable_x64(True):
-        params, x = (
-            {
-                name: jnp.asarray(array, jnp.float64 if array.dtype.kind == "f" else None)
-                for name, array in arrays.items()
-            }
-            for arrays in (problem.params, problem.x)
-        )
-        make = of_network if problem.network else of_equation
-        np.savez(sys.argv[2], **make(problem, params, x))
+        params, x = ({k: _double(a) for k, a in d.items()} for d in (problem.params, problem.x))
+
+        def equation(inputs: PyTree, z: jax.Array) -> jax.Array:
+            params, x = inputs
+            if problem.network:
+                return cell(cell_params(params), z, {"x": injection(params, x["images"])})
+            return cell(params, z, x)
+
+        def network(params: PyTree, z: jax.Array) -> jax.Array:
+            return equation((params, x), z)
+
+        z0 = jnp.zeros(problem.cotangent.shape, jnp.float64)
+        z = equilibrium(equation, (params, x), z0)
+        if problem.network:
+            around, y = jax.grad(cross_entropy, (0, 1))(params, z, x["labels"])
+            through = implicit_gradient(network, params, z, y)
+            groups = {"params": {name: around[name] + through[name] for name in params}}
+        else:
+            y = _double(problem.cotangent)
+            of_params, of_x = implicit_gradient(equation, (params, x), z, y)
+            groups = {"params": of_params, "x": of_x}
+        arrays = {"z": z, "size": norms(equation((params, x), z)), "cotangent_size": norms(y)}
+        for group, gradients in groups.items():
+            arrays |= {f"gradient/{group}/{name}": g for name, g in gradients.items()}
+        return {name: np.asarray(array) for name, array in arrays.items()}
 
 
-if __name__ == "__main__":
-    main()
+def _double(array: np.ndarray) -> jax.Array:
+    return jnp.asarray(array, jnp.float64 if array.dtype.kind == "f" else None)

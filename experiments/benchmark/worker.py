@@ -1,10 +1,9 @@
-"""One implementation of one problem in a process of its own; obeys the parent's JSON lines.
+"""One implementation of one problem in a process of its own, and the parent's side of it.
 
-    python -m experiments.benchmark.worker
-
-Requests come one a line and are answered by one line each, in this order: `load` reads the problem
-and imports the implementation, `first` makes the first call, `report` writes what it returned and
-counts, `time` makes timed calls, any number of times.
+Requests are JSON, one a line, and are answered by one line each. `load` reads the problem and
+imports the implementation, `first` makes the first call, `report` writes what it returned and
+counts, `time` makes timed calls, any number of times. `reference` is asked of a process that is
+asked nothing else: it computes the float64 reference of a problem.
 """
 
 import contextlib
@@ -12,29 +11,118 @@ import importlib
 import json
 import os
 import resource
+import select
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from experiments.benchmark.problems import Problem
+from experiments.studies.tables import ROOT
+
+
+class WorkerFailedError(Exception):
+    """A worker raised, died or was too slow; the message says which.
+
+    Attributes:
+        trouble: what it had written to its standard error.
+    """
+
+    def __init__(self, message: str, trouble: str):
+        super().__init__(message)
+        self.trouble = trouble
+
+
+class WorkerProcess:
+    """The parent's side of a worker; the process ends when its context is left.
+
+    Args:
+        environment: variables set in addition to this process's, without what changes timings.
+        limit: seconds within which every request has to be answered.
+    """
+
+    def __init__(self, environment: Mapping[str, str], limit: float):
+        self.limit = limit
+        unwanted = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_X64")
+        kept = {name: value for name, value in os.environ.items() if name not in unwanted}
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by `close`)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.benchmark.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            cwd=ROOT,
+            env=kept | dict(environment),
+        )
+
+    def __enter__(self) -> "WorkerProcess":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """The answer to a request.
+
+        Raises:
+            WorkerFailedError: there is none, or it is an error; the process is gone afterwards.
+        """
+        request = json.dumps({"command": command, **arguments})
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            print(request, file=self._process.stdin, flush=True)
+            if not select.select([self._process.stdout], [], [], self.limit)[0]:
+                raise self._failed(f"no answer to `{command}` within {self.limit:g} s")
+            line = self._process.stdout.readline()
+        if not line:
+            raise self._failed(f"the process ended with code {self._process.wait()} in `{command}`")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise self._failed(answer["error"])
+        return answer
+
+    def _failed(self, message: str) -> WorkerFailedError:
+        self._errors.seek(0)
+        trouble = self._errors.read()
+        self.close()
+        return WorkerFailedError(message, trouble)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
 
 
 class Worker:
-    """Answers requests."""
+    """The process's own side: a method for each request."""
 
     def __init__(self) -> None:
         self.calls: Any = None
         self.loaded = 0
+
+    def reference(self, problem: str, path: str) -> dict[str, Any]:
+        """Writes the float64 reference of a problem."""
+        from experiments.benchmark.reference import reference_of
+
+        np.savez(path, **reference_of(Problem.load(problem)))
+        return {}
 
     def load(
         self,
         problem: str,
         reference: str,
         module: str,
-        task: dict[str, Any],
+        calls: str,
+        case: dict[str, Any],
         options: dict[str, Any],
     ) -> dict[str, Any]:
         """Reads the data and makes the implementation ready."""
@@ -43,7 +131,7 @@ class Worker:
             arrays = {name: data[name] for name in ("size", "cotangent_size")}
         loaded = Problem.load(problem)
         self.loaded = _peak()
-        self.calls = run.Calls(loaded, task, arrays, options)
+        self.calls = getattr(run, calls)(loaded, case, arrays, options)
         return {"timed": list(self.calls.timed)}
 
     def first(self) -> dict[str, Any]:

@@ -7,18 +7,16 @@ where the device reports live bytes: there the measured peak is shown as well. T
 equilibrium is its budget of evaluations, forwards and backwards; its tolerance is 0.
 
     python -m experiments.studies.memory
-    python -m experiments.studies.memory --write
+    python -m experiments.studies.memory language --write
 """
 
 import dataclasses
 import functools
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import tyro
 from flax import nnx
 from matplotlib.figure import Figure
@@ -31,112 +29,104 @@ from deq_jax.models.deq_transformer import (
     ExplicitTransformer,
     WeightTiedTransformer,
 )
-from experiments.benchmark.plots import save
-from experiments.studies.tables import DOCS, machine, markdown_head, markdown_row, write_below
+from experiments.studies.tables import Command, Document, Part, Study, markdown_table, origin
 
 PyTree = Any
 Build = Callable[[int], nnx.Module]
 """A model of a depth."""
 
-PAGE = DOCS / "memory.md"
-MARKER = "<!-- Below: written by `python -m experiments.studies.memory --write`. -->"
 MIB = 2**20
+COMPARED = 30
+"""The depth at which controls are compared with the first equilibrium."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Command):
     """What to measure.
 
     Attributes:
         depths: depths of the networks, and budgets of the equilibria.
+        budgets: further budgets of the equilibria.
         vocabulary: tokens of the language model.
         width: of its state; its feed-forward block is four times as wide.
         heads: attention heads.
         length: tokens of a sequence.
         batch: sequences.
-        images: size of the image network's batch; 0 to leave that network out.
-        write: put the tables into docs/memory.md and the figure into docs/figures as well.
-        page: the page.
-        figure: the figure.
+        images: size of the image network's batch.
     """
 
-    depths: tuple[int, ...] = (4, 8, 16, 30, 64)
+    depths: tuple[int, ...] = (4, 10, 16, COMPARED, 64)
+    budgets: tuple[int, ...] = (200,)
     vocabulary: int = 100
     width: int = 128
     heads: int = 4
     length: int = 64
     batch: int = 16
-    images: int = 16
-    write: bool = False
-    page: pathlib.Path = PAGE
-    figure: pathlib.Path = DOCS / "figures" / "memory.png"
+    images: int = 32
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """Memory of one gradient step.
-
-    Attributes:
-        temporaries: bytes that XLA has reserved besides arguments and results.
-        peak: bytes alive at most in the process so far, all counted, once it had run; None where
-            no device says so. Equilibria come first, so that a flat line shows.
-    """
-
-    temporaries: int
-    peak: int | None = None
-
-
-Costs = dict[str, dict[int, Cost]]
-"""By model and depth."""
-
-
-def language_models(config: Config) -> dict[str, Build]:
+def language(config: Config) -> Part:
     """The DEQ-Transformer with two solvers, and its controls."""
     sizes = config.vocabulary, config.width, config.heads, 4 * config.width
-    anderson, picard = (functools.partial(solver, tol=0.0) for solver in (Anderson, Picard))
 
     def equilibrium(solver: Callable[..., Any], depth: int) -> nnx.Module:
-        own = {"solver": solver(max_iter=depth), "gradient": Implicit()}
+        own = {"solver": solver(tol=0.0, max_iter=depth), "gradient": Implicit()}
         return DEQTransformer(*sizes, **own, rngs=nnx.Rngs(0))
 
     def unrolled(network: type[nnx.Module], remat: bool, depth: int) -> nnx.Module:
         return network(*sizes, depth=depth, remat=remat, rngs=nnx.Rngs(0))
 
-    return {
-        "DEQ, Anderson": functools.partial(equilibrium, anderson),
-        "DEQ, Picard": functools.partial(equilibrium, picard),
+    builds = {
+        "DEQ, Anderson": functools.partial(equilibrium, Anderson),
+        "DEQ, Picard": functools.partial(equilibrium, Picard),
         "weight-tied": functools.partial(unrolled, WeightTiedTransformer, False),
         "weight-tied, remat": functools.partial(unrolled, WeightTiedTransformer, True),
         "explicit": functools.partial(unrolled, ExplicitTransformer, False),
     }
+    tokens = jnp.zeros((config.batch, config.length), jnp.int32)
+    size = f"width {config.width}, {config.batch} sequences of {config.length} tokens"
+    return {"title": f"Language model, {size}", **measure(builds, tokens, config)}
 
 
-def image_models(config: Config) -> dict[str, Build]:
+def images(config: Config) -> Part:
     """The tutorial's network in its CIFAR-10 form, and its controls."""
 
     def equilibrium(depth: int) -> nnx.Module:
         return ConvDEQ(solver=Anderson(tol=0.0, max_iter=depth), rngs=nnx.Rngs(0))
 
-    return {
+    builds: dict[str, Build] = {
         "DEQ, Anderson": equilibrium,
         "weight-tied": lambda depth: WeightTiedConvNet(depth=depth, rngs=nnx.Rngs(0)),
         "explicit": lambda depth: ExplicitConvNet(depth=depth, rngs=nnx.Rngs(0)),
     }
+    inputs = jnp.zeros((config.images, 32, 32, 3))
+    title = f"Image network, {config.images} images of 32x32"
+    return {"title": title, **measure(builds, inputs, config)}
 
 
-def measure(builds: dict[str, Build], inputs: jax.Array, depths: Sequence[int]) -> Costs:
-    """All models at all depths; says what it has found as it goes."""
-    costs: Costs = {}
+def measure(builds: Mapping[str, Build], inputs: jax.Array, config: Config) -> Part:
+    """Bytes of temporaries, and of the peak where the device knows it, by model, a depth each."""
+    temporaries: dict[str, list[int]] = {}
+    peaks: dict[str, list[int]] = {}
     for name, build in builds.items():
-        for depth in depths:
-            cost = gradient_cost(functools.partial(build, depth), inputs)
-            print(f"{name}, depth {depth}: {cost.temporaries / MIB:.2f} MiB", flush=True)
-            costs.setdefault(name, {})[depth] = cost
-    return costs
+        budgets = config.budgets if name.startswith("DEQ") else ()
+        for depth in (*config.depths, *budgets):
+            size, peak = gradient_memory(functools.partial(build, depth), inputs)
+            print(f"{name}, depth {depth}: {size / MIB:.2f} MiB", flush=True)
+            temporaries.setdefault(name, []).append(size)
+            if peak is not None:
+                peaks.setdefault(name, []).append(peak)
+    depths = [*config.depths, *config.budgets]
+    return {"depths": depths, "temporaries": temporaries, "peaks": peaks}
 
 
-def gradient_cost(build: Callable[[], nnx.Module], inputs: jax.Array) -> Cost:
-    """Compiles the gradient by the parameters; runs it where that can be measured."""
+def gradient_memory(build: Callable[[], nnx.Module], inputs: jax.Array) -> tuple[int, int | None]:
+    """Compiles the gradient by the parameters; runs it where the device counts live bytes.
+
+    Returns:
+        The bytes that XLA has reserved besides arguments and results, and the bytes alive at most
+        in the process so far; None where the device does not count.
+    """
     definition, params, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
 
     def loss(params: PyTree, rest: PyTree, inputs: jax.Array) -> jax.Array:
@@ -151,98 +141,90 @@ def gradient_cost(build: Callable[[], nnx.Module], inputs: jax.Array) -> Cost:
     temporaries = step.memory_analysis().temp_size_in_bytes
     device = jax.local_devices()[0]
     if device.memory_stats() is None:
-        return Cost(temporaries)
+        return temporaries, None
     _, *state = nnx.split(build(), nnx.Param, ...)
     jax.block_until_ready(step(*state, inputs))
-    return Cost(temporaries, device.memory_stats().get("peak_bytes_in_use"))
+    return temporaries, device.memory_stats().get("peak_bytes_in_use")
 
 
-def table(costs: Costs, depths: Sequence[int]) -> str:
-    """The Markdown table, in MiB, with what each application adds between the outer depths."""
-    columns = ["model", *(f"depth {depth}" for depth in depths), "each application"]
-    lines = [markdown_head(columns)]
-    for name, by_depth in costs.items():
-        few, many = by_depth[depths[0]].temporaries, by_depth[depths[-1]].temporaries
-        each = (many - few) / max(1, depths[-1] - depths[0])
-        cells = [_mebibytes(by_depth[depth].temporaries) for depth in depths]
-        lines.append(markdown_row([name, *cells, f"{each / MIB:.2f}"]))
-        if by_depth[depths[0]].peak is not None:
-            cells = [_mebibytes(by_depth[depth].peak or 0) for depth in depths]
-            lines.append(markdown_row([f"{name}: peak of the process so far", *cells, ""]))
-    return "\n".join(lines)
+def render(document: Document) -> dict[str, str]:
+    """A table for each network, in MiB, and the ratios at one depth."""
+    return {
+        name: "\n\n".join(
+            [f"### {part['title']}", table(part), ratios(part), origin(part["context"])]
+        )
+        for name, part in document.items()
+    }
 
 
-def ratios(costs: Costs, depth: int) -> str:
-    """What the controls need at a depth, over what the first equilibrium needs."""
-    first, *others = costs
-    own = costs[first][depth].temporaries
-    parts = [f"{name} {costs[name][depth].temporaries / own:.1f}" for name in others]
-    return f"At depth {depth}, over {first}: {'; '.join(parts)}."
+def table(part: Part) -> str:
+    """MiB by depth, and what each application adds between the outer depths."""
+    depths = part["depths"]
+    rows = []
+    for name, sizes in part["temporaries"].items():
+        each = (sizes[-1] - sizes[0]) / max(1, depths[len(sizes) - 1] - depths[0])
+        rows.append([name, *_mebibytes(sizes, depths), f"{each / MIB:.2f}"])
+        if name in part["peaks"]:
+            peaks = _mebibytes(part["peaks"][name], depths)
+            rows.append([f"{name}: peak of the process so far", *peaks, ""])
+    columns = ["MiB", *(f"depth {depth}" for depth in depths), "each application"]
+    return markdown_table(columns, rows)
 
 
-def draw(studies: dict[str, Costs]) -> Figure:
-    """MiB over depth, both logarithmic: a panel a study, a line a model."""
-    figure, panels = plt.subplots(
-        1, len(studies), figsize=(5.6 * len(studies), 4.2), layout="constrained", squeeze=False
-    )
-    for axes, (title, costs) in zip(panels[0], studies.items(), strict=True):
-        for name, by_depth in costs.items():
-            depths = list(by_depth)
-            own = name.startswith("DEQ")
-            axes.plot(
-                depths,
-                [cost.temporaries / MIB for cost in by_depth.values()],
-                marker="o",
-                markersize=4,
-                linewidth=2.2 if own else 1.4,
-                label=name,
-                **_STYLES[name],
-            )
-        axes.set(xscale="log", yscale="log", title=title, xlabel="depth, or budget of evaluations")
-        axes.set_ylabel("temporaries of a gradient step, MiB")
-        axes.set_xticks(depths, [str(depth) for depth in depths])
-        axes.minorticks_off()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.grid(which="major", alpha=0.3)
-        axes.legend()
-    return figure
+def _mebibytes(sizes: Sequence[int], depths: Sequence[int]) -> list[str]:
+    """A cell for each depth; a dash where a control was not measured."""
+    return [f"{size / MIB:.1f}" for size in sizes] + ["-"] * (len(depths) - len(sizes))
+
+
+def ratios(part: Part) -> str:
+    """What the others need at one depth, over what the first equilibrium needs."""
+    depths, temporaries = part["depths"], part["temporaries"]
+    column = depths.index(COMPARED) if COMPARED in depths else 0
+    first, *others = temporaries
+    own = temporaries[first][column]
+    parts = [f"{name} {temporaries[name][column] / own:.1f}" for name in others]
+    return f"At depth {depths[column]}, over {first}: {'; '.join(parts)}."
 
 
 _STYLES: dict[str, dict[str, Any]] = {
-    "DEQ, Anderson": {"color": "black"},
-    "DEQ, Picard": {"color": "black", "linestyle": "--"},
+    "DEQ, Anderson": {"color": "black", "linewidth": 2.2},
+    "DEQ, Picard": {"color": "black", "linewidth": 2.2, "linestyle": "--"},
     "weight-tied": {"color": "tab:blue"},
     "weight-tied, remat": {"color": "tab:blue", "linestyle": "--"},
     "explicit": {"color": "tab:orange", "linestyle": ":"},
 }
 
 
-def _mebibytes(count: int) -> str:
-    return f"{count / MIB:.1f}"
+def draw(document: Document) -> dict[str, Figure]:
+    """MiB over depth, both logarithmic: a panel for each network, a line for each model."""
+    figure = Figure(figsize=(5.6 * len(document), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(document), squeeze=False)[0]
+    for axes, part in zip(panels, document.values(), strict=True):
+        depths = part["depths"]
+        for name, sizes in part["temporaries"].items():
+            mebibytes = [size / MIB for size in sizes]
+            axes.plot(
+                depths[: len(sizes)],
+                mebibytes,
+                marker="o",
+                markersize=4,
+                label=name,
+                **_STYLES[name],
+            )
+        axes.set(xscale="log", yscale="log", xlabel="depth, or budget of evaluations")
+        axes.set(title=part["title"], ylabel="temporaries of a gradient step, MiB")
+        axes.set_xticks(depths, [str(depth) for depth in depths])
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(which="major", alpha=0.3)
+        axes.legend()
+    return {"memory": figure}
 
 
-def main() -> None:
-    """Prints the tables; with `--write` puts them into the page and the figure beside it."""
-    config = tyro.cli(Config, description=__doc__)
-    tokens = jnp.zeros((config.batch, config.length), jnp.int32)
-    what = f"width {config.width}, {config.batch} sequences of {config.length} tokens"
-    studies = {f"language model, {what}": measure(language_models(config), tokens, config.depths)}
-    if config.images:
-        images = jnp.zeros((config.images, 32, 32, 3))
-        title = f"image network, {config.images} images of 32x32"
-        studies[title] = measure(image_models(config), images, config.depths)
-    at = 30 if 30 in config.depths else config.depths[-1]
-    parts = [
-        f"### {title[0].upper()}{title[1:]}\n\n{table(costs, config.depths)}\n\n{ratios(costs, at)}"
-        for title, costs in studies.items()
-    ]
-    print("\n\n".join(["", *parts]))
-    if config.write:
-        write_below(config.page, MARKER, [f"{machine()}. MiB.", *parts])
-        save(draw(studies), config.figure)
-        print(f"wrote {config.figure}")
+STUDY = Study("memory", render, draw)
+MEASURES = {"language": language, "images": images}
 
 
 if __name__ == "__main__":
-    main()
+    STUDY.run(tyro.cli(Config, description=__doc__), MEASURES)

@@ -1,6 +1,5 @@
 """The benchmark: renderings of the cells, the referee, the page, and one tiny run of it all."""
 
-import json
 import os
 import re
 import subprocess
@@ -14,21 +13,9 @@ import pytest
 
 from deq_jax import solve_fixed_point
 from experiments.benchmark import __main__ as script
-from experiments.benchmark import (
-    cells_jax,
-    cells_numpy,
-    document,
-    implementations,
-    plots,
-    problems,
-    processes,
-    referee,
-    reference,
-    store,
-    targets,
-    whole_batch,
-)
-from experiments.benchmark.absolute_ridge import AbsoluteRidgeAnderson
+from experiments.benchmark import jax_calls, page, problems, referee, reference, workloads
+from experiments.benchmark.run_deq_jax import AbsoluteRidgeAnderson, Calls
+from experiments.benchmark.worker import WorkerFailedError, WorkerProcess
 from experiments.benchmark.workloads import WORKLOADS
 from tests.reference import relative_error
 
@@ -45,27 +32,27 @@ def double(arrays):
     return {name: array.astype(np.float64) for name, array in arrays.items()}
 
 
-@pytest.mark.parametrize("cell", cells_numpy.CELLS)
+@pytest.mark.parametrize("cell", referee.CELLS)
 def test_jax_and_numpy_cells_agree(cell, x64):
     problem = PROBLEMS[cell]
     params, x = double(problem.params), double(problem.x)
     params = {name: array + 0.1 for name, array in params.items()}  # no scale 1, no bias 0
     z = problem.cotangent.astype(np.float64)
-    expected = cells_numpy.CELLS[cell](params, z, x)
-    assert relative_error(cells_jax.CELLS[cell](params, z, x), expected) < 1e-12
-    assert cells_numpy.CELLS.keys() == cells_jax.CELLS.keys() == PROBLEMS.keys()
+    expected = referee.CELLS[cell](params, z, x)
+    assert relative_error(jax_calls.CELLS[cell](params, z, x), expected) < 1e-12
+    assert referee.CELLS.keys() == jax_calls.CELLS.keys() == PROBLEMS.keys()
     if cell == "residual":
         first = problems.to_channels_first
         arrays = [{k: first(k, a) for k, a in d.items()} for d in (params, {"z": z}, x)]
-        got = cells_jax.residual_channels_first(arrays[0], arrays[1]["z"], arrays[2])
+        got = jax_calls.residual_channels_first(arrays[0], arrays[1]["z"], arrays[2])
         assert relative_error(problems.to_channels_last("z", np.asarray(got)), expected) < 1e-12
 
 
 def test_jax_and_numpy_injections_agree(x64):
     problem = problems.network(batch=3, size=8, channels=8, inner=16, pool=4)
     params, images = double(problem.params), problem.x["images"].astype(np.float64)
-    expected = cells_numpy.injection(params, images)
-    assert relative_error(cells_jax.injection(params, images), expected) < 1e-12
+    expected = referee.injection(params, images)
+    assert relative_error(jax_calls.injection(params, images), expected) < 1e-12
 
 
 def test_layouts_can_be_undone():
@@ -85,17 +72,17 @@ def test_problems_survive_saving(tmp_path):
     assert PROBLEMS["dense"].digest() != PROBLEMS["low_rank"].digest()
 
 
-def test_reference_of_an_equation_is_that_of_a_dense_solve(x64):
+def test_reference_of_an_equation_is_that_of_a_dense_solve():
     problem = PROBLEMS["dense"]
-    params, x = (jax.tree.map(jnp.asarray, double(d)) for d in (problem.params, problem.x))
-    got = reference.of_equation(problem, params, x)
+    params, x = double(problem.params), double(problem.x)
+    got = reference.reference_of(problem)
     assert referee.residuals(problem, got["z"]).max() < 1e-12
     z, y = got["z"], problem.cotangent.astype(np.float64)
     slope = 1 - np.tanh(z @ params["w"].T + x["x"] @ params["u"].T + params["b"]) ** 2
     v = np.stack(
         [
             np.linalg.solve(np.eye(6) - (s[:, None] * params["w"]).T, c) * s
-            for s, c in zip(np.asarray(slope), y, strict=True)
+            for s, c in zip(slope, y, strict=True)
         ]
     )
     expected = {
@@ -105,7 +92,7 @@ def test_reference_of_an_equation_is_that_of_a_dense_solve(x64):
         "x/x": v @ params["u"],
     }
     gradient = problems.under("gradient", got)
-    assert referee.gradient_error(gradient, expected) < 1e-8
+    assert referee.gradient_error(gradient, expected) < 1e-11
     off = {**expected, "x/x": np.zeros_like(expected["x/x"])}
     size = np.sqrt(sum((g**2).sum() for g in expected.values()))
     missing = np.linalg.norm(expected["x/x"]) / size
@@ -114,10 +101,10 @@ def test_reference_of_an_equation_is_that_of_a_dense_solve(x64):
 
 def loss_in_numpy(params, x):
     inside = problems.cell_params(params)
-    z = injected = cells_numpy.injection(params, x["images"])
+    z = injected = referee.injection(params, x["images"])
     for _ in range(100):
-        z = cells_numpy.residual(inside, z, {"x": injected})
-    y = cells_numpy.standardise(z, (0, 1, 2))
+        z = referee.residual(inside, z, {"x": injected})
+    y = referee.standardise(z, (0, 1, 2))
     y = y * params["norm_out.scale"] + params["norm_out.bias"]
     pooled = y.reshape(len(z), 2, 2, 2, 2, 8).mean((2, 4)).reshape(len(z), -1)
     logits = pooled @ params["head.weight"] + params["head.bias"]
@@ -125,11 +112,11 @@ def loss_in_numpy(params, x):
     return (np.log(np.exp(logits).sum(1)) - chosen).mean()
 
 
-def test_reference_of_the_network_agrees_with_a_difference_quotient(x64):
+def test_reference_of_the_network_agrees_with_a_difference_quotient():
     problem = problems.network(batch=2, size=4, channels=8, inner=8, pool=2)
     params = double(problem.params)
     x = {"images": problem.x["images"].astype(np.float64), "labels": problem.x["labels"]}
-    got = reference.of_network(problem, *(jax.tree.map(jnp.asarray, tree) for tree in (params, x)))
+    got = reference.reference_of(problem)
     assert referee.residuals(problem, got["z"]).max() < 1e-12
     gradient = problems.under("gradient/params", got)
     assert gradient.keys() == params.keys()
@@ -175,20 +162,17 @@ def test_whole_batch_tolerance_is_halved_until_every_sample_is_within():
         wrong[0, 0] += 5 * tol * np.linalg.norm(z[0])
         return wrong
 
-    assert whole_batch.tolerance(problem, solve, every_sample=False) == problem.tol
-    assert not asked
-    tol = whole_batch.tolerance(problem, solve, every_sample=True)
+    tol = referee.whole_batch_tolerance(problem, solve)
     assert tol == asked[-1] < problem.tol / 2
     assert referee.residuals(problem, solve(tol)).max() <= problem.tol
     assert referee.residuals(problem, solve(2 * tol)).max() > problem.tol
-    hopeless = whole_batch.tolerance(problem, lambda tol: z + 1, every_sample=True)
-    assert hopeless == problem.tol
+    assert referee.whole_batch_tolerance(problem, lambda tol: z + 1) == problem.tol
 
 
 def referee_solution(problem):
     z = np.zeros(problem.cotangent.shape)
     for _ in range(300):
-        z = cells_numpy.CELLS[problem.cell](problem.params, z, problem.x)
+        z = referee.CELLS[problem.cell](problem.params, z, problem.x)
     return z
 
 
@@ -226,12 +210,14 @@ def results():
         "jaxopt": row(20.0),
         "jaxopt, ridge 1e-4": row(30.0),
     }
+    products = row(5.0)
+    products["seconds"] |= {"product": [8e-3, 9e-3, 7e-3], "prepared product": [2e-3] * 3}
     series = {
         f"batch {size}": result("gradient", {"deq_jax": row(size), "jaxopt": other}, size)
         for size, other in ((1, row(2.0, residual=0.5)), (4, {"failed": "no"}))
     }
     context = {
-        "when": "2026-01-01",
+        "date": "2026-01-01",
         "machine": "2 cores",
         "versions": "Python 3",
         "revision": "abc",
@@ -245,6 +231,7 @@ def results():
         },
         "batch": series,
         "solve": {"forward": result("forward", {"deq_jax": forward["deq_jax"]})},
+        "preparation": {"forward + gradient": result("gradient", {"deq_jax": products})},
     }
     return {name: {"context": context, "cases": records} for name, records in cases.items()}
 
@@ -255,67 +242,68 @@ def cells_of(page, start):
 
 
 def test_the_page_computes_ratios_and_says_what_was_missed():
+    parts = page.render(results())
     missed = "dense, forward: deq_jax / optimistix"
-    page = document.render(results(), {missed: "Because.", "dense": "A remark on it."})
-    assert "{" not in page.replace("{'", "")
     # The faster row is above the tolerance, so it is not the one compared.
-    assert cells_of(page, missed) == [
+    assert cells_of(parts["targets"], missed) == [
         "1.00",
         "1.10",
-        "**missed**; deq_jax / optimistix; Because.",
+        "**missed**; deq_jax / optimistix",
     ]
-    met = cells_of(page, "dense, forward + gradient: deq_jax / jaxopt")
+    met = cells_of(parts["targets"], "dense, forward + gradient: deq_jax / jaxopt")
     assert met == ["0.60", "0.25", "met; deq_jax / jaxopt"]
-    assert cells_of(page, "solve: overhead over the cell as the library runs it")[1] == "2.20"
-    assert cells_of(page, "solve: overhead over the cell as written")[1] == "1.10"
-    assert cells_of(page, "step: deq_jax / jaxopt") == ["0.10", "-", "not measured"]
-    dense = page[page.index("### dense") : page.index("### batch")]
+    overhead = "solve: overhead over the cell as"
+    assert cells_of(parts["targets"], f"{overhead} the library runs it")[1] == "2.20"
+    assert cells_of(parts["targets"], f"{overhead} written")[1] == "1.10"
+    assert cells_of(parts["targets"], "step: deq_jax / jaxopt") == ["0.10", "-", "not measured"]
+    assert cells_of(parts["targets"], "products, prepared / not") == ["-", "0.25", "deq_jax"]
+    dense = parts["dense"]
     assert cells_of(dense, "deq_jax, Picard")[3] == "**1.0e-03**"
     assert cells_of(dense, "tutorial")[0] == "failed: no answer to `first` within 600 s"
-    assert "A remark on it." in dense
     assert "jaxopt, ridge 1e-4" not in dense.replace("- jaxopt, ridge 1e-4: a note", "")
-    equal = page[page.index("## At equal ridge") :]
+    equal = parts["equal ridge"]
     assert cells_of(equal, "jaxopt, ridge 1e-4")[:3] == ["30.0", "29.9 - 30.1", "10 / 8"]
-    assert cells_of(page, "1") == ["1.00 (10/8)", "2.00 (10/8) *"]
-    assert cells_of(page, "4") == ["4.00 (10/8)", "failed"]
+    assert cells_of(parts["batch"], "1") == ["1.00 (10/8)", "2.00 (10/8) *"]
+    assert cells_of(parts["batch"], "4") == ["4.00 (10/8)", "failed"]
+    assert cells_of(parts["preparation"], "deq_jax")[6] == "8.00 / 2.00"
 
 
 def test_every_target_names_a_case_and_implementations_that_are_run():
-    for target in targets.TARGETS:
-        assert target.case in WORKLOADS[target.workload].cases(True)
-        names = WORKLOADS[target.workload].cases(False)[target.case].implementations
+    for target in page.TARGETS:
+        assert target.case in WORKLOADS[target.workload](True)
+        names = WORKLOADS[target.workload](False)[target.case].implementations
         rows = {name: row(10.0 if name.startswith("deq_jax") else 20.0) for name in names}
         for values in rows.values():
-            values["seconds"] |= {"cell": [1e-3], "prepared cell": [1e-3]}
+            for what in ("cell", "prepared cell", "product", "prepared product"):
+                values["seconds"][what] = [1e-3]
         assert not isinstance(target.measure(result("forward", rows)), str), target.name
-    cases = [case for workload in WORKLOADS.values() for case in workload.cases(False).values()]
+    cases = [case for make in WORKLOADS.values() for case in make(False).values()]
     used = {name for case in cases for name in case.implementations}
-    assert used == set(implementations.IMPLEMENTATIONS)
+    assert used == set(workloads.IMPLEMENTATIONS)
 
 
-def test_results_are_kept_by_workload_and_written(tmp_path, monkeypatch, capsys):
-    page = tmp_path / "docs" / "benchmarks.md"
-    page.parent.mkdir()
-    monkeypatch.setattr(script, "PAGE", page)
-    monkeypatch.setattr(script, "ROOT", tmp_path)
-    monkeypatch.setattr(store, "RESULTS", tmp_path / "kept" / "results.json")
-    store.keep("dense", {"cases": "old"})
-    for name, kept in results().items():
-        everything = store.keep(name, kept)
-    assert everything == results() == json.loads(store.RESULTS.read_text())
-    script.write(everything)
-    assert page.read_text() == document.render(results(), store.remarks())
-    assert (page.parent / "figures" / "benchmark_batch.png").stat().st_size > 10_000
-    lines = plots.growth("batch size", results()["batch"]["cases"]).axes[0].lines
-    assert [line.get_xdata().tolist() for line in lines] == [[1, 4], [1]]
-    assert "written: docs/benchmarks.md" in capsys.readouterr().err
+def test_the_pictures_draw_the_medians_of_the_json():
+    (lines,) = [figure.axes[0].lines for figure in page.draw(results()).values()]
+    assert [line.get_label() for line in lines] == ["deq_jax", "jaxopt"]
+    points = [list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in lines]
+    assert points[0] == [(1, pytest.approx(1.0)), (4, pytest.approx(4.0))]
+    assert points[1] == [(1, pytest.approx(2.0))]  # what failed is a gap
 
 
-def test_remarks_stand_under_their_names():
-    text = "What this is.\n\n## solve\n\nOne.\nTwo.\n\n## nchw / nhwc\nThree.\n"
-    assert store.remarks(text) == {"solve": "One.\nTwo.", "nchw / nhwc": "Three."}
-    known = {target.name for target in targets.TARGETS} | set(WORKLOADS)
-    assert set(store.remarks()) <= known
+def test_prepared_products_are_those_of_the_cell(x64):
+    problem = PROBLEMS["residual"]
+    case = {"mode": "gradient", "time_cell": False, "time_products": True}
+    calls = Calls(problem, case, {}, {})
+    params, x = calls.given.params, calls.given.x
+    plain, prepared = (calls._products(params, x, prepared=p) for p in (False, True))
+    flat_f = lambda z: jax_calls.residual(params, z.reshape(2, 5, 5, 8), x).ravel()  # noqa: E731
+    jacobian = np.asarray(jax.jacrev(flat_f)(jnp.zeros(2 * 5 * 5 * 8, jnp.float32)), np.float64)
+    y = problem.cotangent.ravel().astype(np.float64)
+    expected = y
+    for _ in range(jax_calls.LOOP):
+        expected = 0.5 * jacobian.T @ expected + y
+    for got in (plain, prepared):
+        assert relative_error(got.ravel(), expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -337,7 +325,7 @@ def test_bad_arguments_end_with_code_2(arguments, named, monkeypatch, capsys):
 
 
 def test_a_missing_peer_is_named_and_skipped(monkeypatch, capsys):
-    monkeypatch.setattr(implementations.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(workloads.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["benchmark", "dense", "--implementations", "torchdeq"])
     script.main()
     message = capsys.readouterr().err
@@ -346,13 +334,13 @@ def test_a_missing_peer_is_named_and_skipped(monkeypatch, capsys):
 
 
 def test_a_worker_that_fails_or_is_too_slow_is_ended():
-    with processes.WorkerProcess({}, limit=60) as worker:
-        arguments = {"problem": "", "reference": "", "task": {}, "options": {}}
-        with pytest.raises(processes.WorkerFailedError, match="run_nothing") as failed:
-            worker.ask("load", module="run_nothing", **arguments)
+    with WorkerProcess({}, limit=60) as worker:
+        arguments = {"problem": "", "reference": "", "case": {}, "options": {}}
+        with pytest.raises(WorkerFailedError, match="run_nothing") as failed:
+            worker.ask("load", module="run_nothing", calls="Calls", **arguments)
         assert "Traceback" in failed.value.trouble
-    slow = pytest.raises(processes.WorkerFailedError, match=r"no answer to `first` within 0.001 s")
-    with processes.WorkerProcess({}, limit=0.001) as worker, slow:
+    slow = pytest.raises(WorkerFailedError, match=r"no answer to `first` within 0.001 s")
+    with WorkerProcess({}, limit=0.001) as worker, slow:
         worker.ask("first")
 
 
