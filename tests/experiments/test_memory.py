@@ -2,68 +2,97 @@
 
 import sys
 
-import jax.numpy as jnp
 import pytest
+import tyro
 
 from experiments.studies import memory
+from experiments.studies.tables import Study
 
 DEPTHS = (2, 4, 8)
 TINY = ["--depths", *map(str, DEPTHS), "--width=16", "--heads=2", "--length=32", "--batch=4"]
+STATE = 4 * 32 * 16 * 4
+"""Bytes of one state."""
 
 
 @pytest.fixture(scope="module")
-def costs():
-    models = memory.language_models(memory.Config(width=16, heads=2))
-    del models["DEQ, Picard"]  # to compile fewer
-    return memory.measure(models, jnp.zeros((4, 32), jnp.int32), DEPTHS)
+def part():
+    """The language models, measured small; the equilibria at a budget of 20 as well."""
+    return memory.language(tyro.cli(memory.Config, args=[*TINY, "--budgets", "20"]))
 
 
-def of(costs, name):
-    return [costs[name][depth].temporaries for depth in DEPTHS]
-
-
-def test_an_equilibrium_is_flat(costs):
-    few, more, many = of(costs, "DEQ, Anderson")
-    assert few > 4 * 32 * 16 * 4  # more than one state: it is measured
-    assert max(few, more, many) <= 1.05 * min(few, more, many)
+def test_an_equilibrium_is_flat(part):
+    for name in ("DEQ, Anderson", "DEQ, Picard"):
+        sizes = part["temporaries"][name]
+        assert len(sizes) == 4
+        assert min(sizes) > STATE  # it is measured
+        assert max(sizes) <= 1.05 * min(sizes)
 
 
 @pytest.mark.parametrize("name", ["weight-tied", "explicit"])
-def test_unrolled_is_linear(costs, name):
-    few, more, many = of(costs, name)
+def test_unrolled_is_linear(part, name):
+    few, more, many = part["temporaries"][name]
     assert many - more == pytest.approx(2 * (more - few), rel=0.15)
     assert many > 2 * few
-    assert many > 1.5 * costs["DEQ, Anderson"][8].temporaries
+    assert many > 1.5 * part["temporaries"]["DEQ, Anderson"][2]
 
 
-def test_rematerialisation_is_in_between(costs):
-    few, more, many = of(costs, "weight-tied, remat")
+def test_rematerialisation_is_in_between(part):
+    few, more, many = part["temporaries"]["weight-tied, remat"]
     assert many - more == pytest.approx(2 * (more - few), rel=0.15)
-    state = 4 * 32 * 16 * 4
-    assert more - few == pytest.approx(2 * state, rel=0.5)  # a state each, and no more
-    assert many < of(costs, "weight-tied")[2] / 2
+    assert more - few == pytest.approx(2 * STATE, rel=0.5)  # a state each, and no more
+    assert many < part["temporaries"]["weight-tied"][2] / 2
 
 
-def test_peaks_are_shown_where_they_are_known():
-    cost = {4: memory.Cost(2**20, 3 * 2**20), 8: memory.Cost(2**21, 2**22)}
-    rows = memory.table({"DEQ": cost}, (4, 8)).splitlines()[2:]
-    assert rows[0] == "| DEQ | 1.0 | 2.0 | 0.25 |"
-    assert rows[1] == "| DEQ: peak of the process so far | 3.0 | 4.0 |  |"
+def test_the_table_shows_peaks_where_they_are_known_and_dashes_where_nothing_was_measured():
+    mib = 2**20
+    part = {
+        "depths": [4, 8, 200],
+        "temporaries": {"DEQ": [mib, mib, mib], "explicit": [mib, 2 * mib]},
+        "peaks": {"DEQ": [3 * mib, 4 * mib, 4 * mib]},
+    }
+    assert memory.table(part).splitlines()[2:] == [
+        "| DEQ | 1.0 | 1.0 | 1.0 | 0.00 |",
+        "| DEQ: peak of the process so far | 3.0 | 4.0 | 4.0 |  |",
+        "| explicit | 1.0 | 2.0 | - | 0.25 |",
+    ]
+    assert memory.ratios(part) == "At depth 4, over DEQ: explicit 1.0."
 
 
-def test_table_and_figure_are_written(tmp_path, monkeypatch, capsys, costs):
-    monkeypatch.setattr(memory, "measure", lambda *_: costs)
-    page, figure = tmp_path / "memory.md", tmp_path / "figures" / "memory.png"
-    page.write_text(f"Words.\n\n{memory.MARKER}\n\nold\n", encoding="utf-8")
-    files = ["--write", f"--page={page}", f"--figure={figure}"]
-    monkeypatch.setattr(sys, "argv", ["memory", *TINY, "--images=0", *files])
-    memory.main()
-    text = page.read_text(encoding="utf-8")
-    assert text.startswith(f"Words.\n\n{memory.MARKER}\n\n")
+def test_what_is_measured_is_kept_printed_rendered_and_drawn(tmp_path, monkeypatch, capsys, part):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    page = docs / "memory.md"
+    page.write_text(
+        "Words.\n\n<!-- begin memory/language: -->\nold\n<!-- end memory/language -->\n"
+    )
+    study = Study("memory", memory.render, memory.draw, docs)
+    monkeypatch.setattr(sys, "argv", ["memory", "language", "--write", *TINY])
+    study.run(tyro.cli(memory.Config), {"language": lambda config: part})
+    kept = study.load()["language"]
+    assert kept["temporaries"] == part["temporaries"]
+    assert kept["context"]["command"].startswith("python -m experiments.studies.memory language")
+    text, printed = page.read_text(), capsys.readouterr().out
+    assert text.startswith(
+        "Words.\n\n<!-- begin memory/language: -->\n\n### Language model, width 16"
+    )
     assert "old" not in text
-    printed = capsys.readouterr().out
-    for name in costs:
-        assert f"\n| {name} | " in text
-        assert f"\n| {name} | " in printed
-    assert "At depth 8, over DEQ, Anderson: " in text
-    assert figure.stat().st_size > 10_000
+    for name, sizes in part["temporaries"].items():
+        row = f"| {name} | {sizes[0] / 2**20:.1f} | "
+        assert row in text
+        assert row in printed
+    assert (docs / "figures" / "memory.png").read_bytes().startswith(b"\x89PNG")
+    lines = memory.draw(study.load())["memory"].axes[0].lines
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in lines}
+    assert drawn.keys() == part["temporaries"].keys()
+    for name, sizes in part["temporaries"].items():
+        assert drawn[name] == ([2, 4, 8, 20][: len(sizes)], [size / 2**20 for size in sizes])
+
+    # Rendered once more from the JSON, with nothing measured.
+    page.write_text(text.replace("| explicit |", "| something else |"))
+    study.run(memory.Config(render=True), {})
+    assert page.read_text() == text
+
+
+def test_an_unknown_part_is_named():
+    with pytest.raises(SystemExit, match=r"'text'; known are: language, images"):
+        memory.STUDY.run(memory.Config(parts=("text",)), memory.MEASURES)
