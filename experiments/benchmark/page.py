@@ -243,14 +243,15 @@ def case_table(record: Record, *, equal_ridge: bool = False) -> str:
 
 def _cells(row: Row, tol: float, forward: bool, products: bool) -> list[str]:
     times = row["seconds"]["call"]
-    largest = f"{row['residual_largest']:.1e}"
+    largest = _scientific(row["residual_largest"])
     counts = [str(row[way]) for way in ("forward", "backward") if row[way] is not None]
+    missed = largest != "-" and tol and not met(row, tol)
     cells = [
-        milliseconds(seconds(row)),
-        f"{milliseconds(min(times))} - {milliseconds(max(times))}",
-        " / ".join(counts),
-        largest if met(row, tol) or not tol else f"**{largest}**",
-        f"{row['residual_median']:.1e}",
+        milliseconds(seconds(row)) if times else "-",
+        f"{milliseconds(min(times))} - {milliseconds(max(times))}" if len(times) > 1 else "-",
+        " / ".join(counts) or "-",
+        f"**{largest}**" if missed else largest,
+        _scientific(row["residual_median"]),
     ]
 
     def each(kinds: Iterable[str], figure: Callable[[str], str]) -> str:
@@ -263,10 +264,17 @@ def _cells(row: Row, tol: float, forward: bool, products: bool) -> list[str]:
         kinds = ("cell", "prepared cell")
         cells += [each(kinds, cost), each(kinds, lambda kind: f"{overhead(row, kind):.2f}")]
     else:
-        cells.append(f"{row['gradient_error']:.1e}")
+        cells.append(_scientific(row["gradient_error"]))
     if products:
         cells.append(each(("product", "prepared product"), cost))
-    return [*cells, f"{max(0.0, row['first'] - seconds(row)):.1f}", f"{row['memory'] / 2**20:.0f}"]
+    compilation = "-" if row["first"] is None else f"{max(0.0, row['first'] - seconds(row)):.1f}"
+    memory = "-" if row["memory"] is None else f"{row['memory'] / 2**20:.0f}"
+    return [*cells, compilation, memory]
+
+
+def _scientific(value: float | None) -> str:
+    """Two digits; a dash for what was not measured."""
+    return "-" if value is None else f"{value:.1e}"
 
 
 def series_table(axis: str, cases: dict[str, Record]) -> str:
@@ -291,10 +299,10 @@ def workload_text(name: str, part: Part) -> str:
     """The tables of a workload, how the implementations say they were set, and its origin."""
     cases = part["cases"]
     first = next(iter(cases.values()))
-    texts = [
-        f"Tolerance {first['tol']:g}, at most {first['max_iter']} evaluations; residual of the "
-        f"reference {first['reference_residual']:.0e}."
-    ]
+    limits = f"Tolerance {first['tol']:g}, at most {first['max_iter']} evaluations"
+    if first["reference_residual"] is not None:
+        limits += f"; residual of the reference {first['reference_residual']:.0e}"
+    texts = [f"{limits}."]
     if name in AXES:
         texts.append(series_table(AXES[name], cases))
         texts.append(

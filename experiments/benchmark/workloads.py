@@ -143,10 +143,12 @@ class Case:
 Cases = dict[str, Case]
 
 
-def _residual(quick: bool, **limits: Any) -> Callable[[], Problem]:
-    tiny = {"batch": 2, "size": 8, "channels": 8, "inner": 16}
-    sizes = tiny if quick else {"batch": 10, "size": 32, "channels": 64, "inner": 128}
-    return functools.partial(problems.residual, **sizes, **limits)
+def _residual(
+    quick: bool, *sizes: int, tol: float = 1e-4, max_iter: int = 50
+) -> Callable[[], Problem]:
+    batch, size, channels, inner = (2, 8, 8, 16) if quick else sizes or (10, 32, 64, 128)
+    sizes_of = {"batch": batch, "size": size, "channels": channels, "inner": inner}
+    return functools.partial(problems.residual, **sizes_of, tol=tol, max_iter=max_iter)
 
 
 def _dense(quick: bool, batch: int, width: int, **limits: Any) -> Callable[[], Problem]:
@@ -256,9 +258,9 @@ def eager(quick: bool) -> Cases:
 
 
 def preparation(quick: bool) -> Cases:
-    """Transposed products of the cell of `solve`, prepared for the backward loop and not."""
-    case = Case(_residual(quick), "gradient", ("deq_jax",), time_products=True)
-    return {"forward + gradient": case}
+    """Transposed products of the cell of `step`, prepared for the backward loop and not."""
+    problem = _residual(quick, 32, 32, 48, 64)
+    return {"forward + gradient": Case(problem, "gradient", ("deq_jax",), time_products=True)}
 
 
 WORKLOADS: dict[str, Callable[[bool], Cases]] = {
