@@ -227,7 +227,7 @@ def spectral_radius(problem: Problem) -> float:
 
 
 def rows_of(title: str, problem: Problem) -> list[Part]:
-    """Errors in each dtype, and the cost in float32."""
+    """For each solver and policy: errors in the dtypes of `TOLERANCES`, and the cost in float32."""
     rows = []
     for solver, make_solver in SOLVERS.items():
         for policy, make_policy in POLICIES.items():
@@ -237,9 +237,15 @@ def rows_of(title: str, problem: Problem) -> list[Part]:
                 dtype: gradient_error(problem, make_solver(tol), make_policy(tol), dtype)
                 for dtype, tol in TOLERANCES.items()
             }
-            cost = {key: found["float32"][key] for key in ("evaluations", "products", "backward")}
-            kept = {d: {k: one[k] for k in ("error", "solved")} for d, one in found.items()}
-            rows.append({"solver": solver, "policy": policy, "found": kept, **cost})
+            rows.append(
+                {
+                    "solver": solver,
+                    "policy": policy,
+                    "errors": [one["error"] for one in found.values()],
+                    "solved": [one["solved"] for one in found.values()],
+                    **{k: found["float32"][k] for k in ("evaluations", "products", "backward")},
+                }
+            )
             print(f"{title}: {solver} with {policy} done", flush=True)
     return rows
 
@@ -291,8 +297,8 @@ def render_gradients(part: Part) -> list[str]:
         rows = []
         for row in problem["rows"]:
             errors = [
-                f"{one['error']:.0e}" if one["solved"] else f"({one['error']:.0e})"
-                for one in row["found"].values()
+                f"{error:.0e}" if solved else f"({error:.0e})"
+                for error, solved in zip(row["errors"], row["solved"], strict=True)
             ]
             products = f" + {row['products']} products" if row["products"] else ""
             backward = "-" if row["backward"] is None else str(row["backward"])
