@@ -1,11 +1,12 @@
 # make demo   sets up .venv and trains a deep equilibrium network on real digits
 # make test   sets up .venv and runs every check
+# make test-fast   sets up .venv and runs the tests that are not marked slow
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint
+.PHONY: install demo test test-fast lint
 
 $(INSTALLED): requirements.txt setup.cfg pyproject.toml
 	@echo "installing into $(VENV) ..."
@@ -24,5 +25,10 @@ lint: install
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 	@$(BIN)/mypy
 
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: lint
-	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+	@$(PYTEST)
+
+test-fast: install
+	@$(PYTEST) -m "not slow"

@@ -52,6 +52,14 @@ def normalised(params, z, x, statistics=None):
     return jnp.tanh(0.3 * (z @ params["linear"]["kernel"]) + x)
 
 
+@pytest.mark.museum(
+    "NNX, merge without copy: BatchNorm in a cell: TraceContextError, or statistics that count "
+    "the iterations of the solver"
+)
+@pytest.mark.museum(
+    "jaxopt's Linen example: the cell's variables went in as one parameter under vmap, so a "
+    "BatchNorm was impossible"
+)
 @pytest.mark.parametrize("train", [True, False])
 def test_batch_norm_in_the_cell(train):
     # Statistics mix the samples, whose cotangents differ in size and of which one has none.
@@ -137,6 +145,10 @@ def solved_with_one_mask(layer, x):
     return kept
 
 
+@pytest.mark.museum(
+    "NNX, merge without copy: Dropout in a cell: TraceContextError, cannot mutate RngCount from a"
+    " different trace level"
+)
 def test_dropout_has_one_mask_a_call():
     x, layer = normal(5, 20), deq_jax.nnx.DEQ(Dropped(), solver=SOLVER)
     definition, state = nnx.split(layer)
@@ -162,6 +174,10 @@ class LinenSown(nn.Module):
         return jnp.tanh(0.5 * jnp.roll(z, 1, axis=1) + x)
 
 
+@pytest.mark.museum(
+    "jaxopt's Linen example: the cell's variables went in as one parameter under vmap, so a "
+    "BatchNorm was impossible"
+)
 def test_sow_keeps_the_value_at_the_equilibrium():
     x, layer = normal(4, 3), deq_jax.linen.DEQ(LinenSown(), solver=SOLVER)
     z, changed = layer.apply({}, x, mutable=["intermediates"])

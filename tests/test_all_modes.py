@@ -117,6 +117,14 @@ SOME_MODES = [
 ]
 
 
+@pytest.mark.museum(
+    "torchdeq T14: compilation, vmap, functional gradients, jacrev and jvp all failed"
+)
+@pytest.mark.museum(
+    "jaxopt J3 (google/jaxopt#474): jvp and jax.hessian were a TypeError, since custom_vjp has no"
+    " forward mode"
+)
+@pytest.mark.museum("JAX, custom_vjp: custom_vjp blocks jvp, and with it forward over reverse")
 @pytest.mark.parametrize(("choice", "mode"), EVERY_MODE + SOME_MODES)
 def test_every_mode_agrees_with_the_loop(choice, mode):
     got = jax.jit(MODES[mode](functools.partial(layer, choice)))(inputs())
@@ -138,6 +146,10 @@ def test_hessian_with_a_probe():
     assert relative_error(got, expected("hessian")) < 1e-9
 
 
+@pytest.mark.museum(
+    "locuslab/deq#12, #15, #24: the backward hook had to remove itself: without that a run hung, "
+    "with it some crashed"
+)
 def test_a_linearisation_and_a_pullback_serve_twice():
     """One forward pass: `vjp` and `linearize` keep what they need for any number of calls."""
     function = functools.partial(equilibrium, functools.partial(layer, "Picard"))
@@ -224,6 +236,10 @@ def tree_expected(mode):
     return jax.jit(TREE_MODES[mode](unrolled))(tree_inputs())
 
 
+@pytest.mark.museum(
+    "JAX, custom_root (jax#10929): a leaf of the state that no differentiated input reaches: a "
+    "bare AssertionError"
+)
 @pytest.mark.parametrize(
     ("choice", "mode"),
     [("Picard", mode) for mode in TREE_MODES] + [("Anderson, GMRES", "grad")],
@@ -274,6 +290,9 @@ def test_vmap_over_inputs(over, mode):
         assert relative_error(picked, single(one)) < 1e-9
 
 
+@pytest.mark.museum(
+    "torchdeq T14: compilation, vmap, functional gradients, jacrev and jvp all failed"
+)
 def test_vmap_of_directions():
     """Several tangents and cotangents through one solution."""
     function = functools.partial(equilibrium, functools.partial(layer, "Anderson, GMRES"))

@@ -19,6 +19,13 @@ def cell(params, z, x):
 X = jnp.ones((3, 4))
 
 
+@pytest.mark.museum(
+    "torchdeq T13: a wrong shape that broadcasts was accepted and mixed precisions were promoted "
+    "silently"
+)
+@pytest.mark.museum(
+    "JAX, carry dtypes: a bfloat16 state with float32 parameters: an error about the loop's carry"
+)
 @pytest.mark.parametrize(
     ("f", "x", "z0", "error", "words"),
     [
@@ -100,6 +107,10 @@ class Traces:
         return jnp.tanh(params * z) + x
 
 
+@pytest.mark.museum(
+    "JAX, retracing: a lambda made anew at every call is traced and compiled anew: 230 to 340 ms "
+    "each"
+)
 def test_a_second_eager_call_does_not_trace_again():
     f = Traces()
     first = deq_fixed_point(f, jnp.float32(0.5), X)
@@ -213,6 +224,9 @@ def test_python_numbers_and_numpy_arrays_are_taken():
     np.testing.assert_allclose(z, deq_fixed_point(cell, jnp.float32(0.5), X), rtol=1e-6)
 
 
+@pytest.mark.museum(
+    "torchdeq T9: some solver options could not be set, and tol and max_iter of one call raised"
+)
 def test_gradient_policy_limits_reach_the_backward_solve():
     def report(gradient):
         def loss(probe):

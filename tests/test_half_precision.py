@@ -132,6 +132,13 @@ def name(value):
     return "" if value is None or callable(value) else type(value).__name__
 
 
+@pytest.mark.museum("jaxopt J8: Anderson on a bfloat16 state was a TypeError")
+@pytest.mark.museum(
+    "optimistix O4: a bfloat16 state was a ValueError: the error in the loop's carry was float32"
+)
+@pytest.mark.museum(
+    "JAX, carry dtypes: a bfloat16 state with float32 parameters: an error about the loop's carry"
+)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(("solver", "policy", "u"), CASES, ids=name)
 def test_forwards_and_backwards(dtype, solver, policy, u):

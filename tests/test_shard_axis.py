@@ -179,6 +179,10 @@ def collectives_in_loops(compiled):
     return found
 
 
+@pytest.mark.museum(
+    "JAX, sharded batches: a test of the largest residual puts an all-reduce into each iteration "
+    "of a sharded batch"
+)
 @pytest.mark.parametrize("policy", ["Implicit", "GMRES", "Newton", "Phantom"])
 def test_no_loop_has_a_collective(policy):
     solver, gradient, _ = POLICIES[policy]

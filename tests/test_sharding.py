@@ -74,6 +74,10 @@ def dense(params, x, cotangent):
     return z, gradients
 
 
+@pytest.mark.museum(
+    "JAX, sharded batches: a test of the largest residual puts an all-reduce into each iteration "
+    "of a sharded batch"
+)
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_shard_map_values_and_stats(solver):
     params, x = make_params(), normal(8, 3) * jnp.linspace(0.1, 3, 8)[:, None]
@@ -96,6 +100,10 @@ def test_shard_map_values_and_stats(solver):
     assert len(set(evaluations.tolist())) > 1
 
 
+@pytest.mark.museum(
+    "JAX, shard_map (diffrax#735, #738): with its checks on, shard_map refuses carries made by "
+    "jnp.zeros"
+)
 @pytest.mark.parametrize("grad", ["inside", "outside"])
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_shard_map_gradients(solver, grad):
@@ -221,6 +229,10 @@ def test_shard_map_of_the_backward_solve():
     np.testing.assert_array_equal(got.evaluations, got.iterations.max(1))
 
 
+@pytest.mark.museum(
+    "JAX, sharded batches: a test of the largest residual puts an all-reduce into each iteration "
+    "of a sharded batch"
+)
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_jit_over_a_sharded_batch(solver):
     params, x, cotangent = make_params(), normal(8, 3), normal(8, 3, seed=2)

@@ -79,6 +79,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.museum("DEQ.jl: tests looked at gradients for being finite and no further")
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_gradient_is_the_dense_one(wrapper):
     params, x, cotangent = make_params(), normal(4, 3), normal(4, 3, seed=2)
@@ -203,6 +204,10 @@ def test_warm_start_at_the_solution_ends_at_once():
     np.testing.assert_array_equal(evaluations[1:], 1)
 
 
+@pytest.mark.museum(
+    "torchdeq T8: two forward passes before one backward pass never returned, since both shared "
+    "one hook"
+)
 def test_two_solves_before_one_backward_pass():
     params, first, second = make_params(), normal(2, 3), normal(2, 3, seed=2)
 
@@ -267,6 +272,10 @@ def test_integers_differentiated_with_allow_int_get_float0():
     assert np.abs(gradients["W"]).min() > 0
 
 
+@pytest.mark.museum(
+    "jaxopt J4 (google/jaxopt#31, #111): a function that closed over what was differentiated "
+    "ended in an UnexpectedTracerError"
+)
 @pytest.mark.parametrize("jit", [False, True])
 def test_closure_over_what_is_differentiated(jit):
     params, x, cotangent = make_params(), normal(4, 3), normal(4, 3, seed=2)
@@ -282,6 +291,7 @@ def test_closure_over_what_is_differentiated(jit):
     assert relative_error(gradients, dense(params, x, cotangent)[1]) < 1e-10
 
 
+@pytest.mark.museum("torchdeq T2: second-order gradients were 170 % wrong without an exception")
 @pytest.mark.parametrize("jit", [False, True])
 def test_gradient_of_gradient(jit):
     params, x, cotangent = make_params(), normal(2, 3), normal(2, 3, seed=2)
@@ -298,6 +308,7 @@ def test_gradient_of_gradient(jit):
     assert relative_error((jax.jit(second) if jit else second)(params, x), expected) < 1e-9
 
 
+@pytest.mark.museum("google/jaxopt#606: a solver put a tracer of its own into a static value")
 def test_nothing_leaks():
     params, x, cotangent = make_params(), normal(2, 3), normal(2, 3, seed=2)
     expected = dense(params, x, cotangent)[1]

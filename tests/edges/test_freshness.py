@@ -393,6 +393,9 @@ class Cell(nnx.Module):
         return jnp.tanh(z @ self.kernel[...] + x)
 
 
+@pytest.mark.museum(
+    "torchdeq T12: a forgotten reset of the normalisation was an error in the second step"
+)
 @pytest.mark.parametrize("kind", ["method", "layer"])
 def test_training_and_evaluating_eagerly_between_the_steps(kind):
     model = Trained() if kind == "method" else deq_jax.nnx.DEQ(Cell(), solver=SOLVER)
@@ -514,6 +517,10 @@ def made_anew_as_a_bound_method(gain):
     return Holder(jnp.asarray(gain)).f
 
 
+@pytest.mark.museum(
+    "JAX, retracing: a lambda made anew at every call is traced and compiled anew: 230 to 340 ms "
+    "each"
+)
 @pytest.mark.parametrize("solver", [SOLVER, Anderson(tol=1e-12, max_iter=100)], ids=["P", "A"])
 @pytest.mark.parametrize(
     "make",
@@ -579,8 +586,12 @@ MIB_8 = 2**20  # float64 numbers
 
 def big_arrays(size):
     """How many arrays of this many numbers are alive; each test takes a size of its own."""
-    gc.collect()
     return sum(array.shape == (size,) for array in jax.live_arrays())
+
+
+def big_arrays_after_collecting(size):
+    gc.collect()
+    return big_arrays(size)
 
 
 class BigNet(nnx.Module):
@@ -619,7 +630,7 @@ def test_functions_made_anew_do_not_pile_up(kind):
         check_close(deq_fixed_point(f, None, x, solver=SOLVER), solution(gain, X))
         assert big_arrays(size) >= 1
         del f
-    assert big_arrays(size) <= 2
+    assert big_arrays_after_collecting(size) <= 2
 
 
 def gradient_by_x(f, x):
@@ -632,7 +643,7 @@ def test_functions_made_anew_under_grad_do_not_pile_up():
         gain = 0.05 * index
         got = gradient_by_x(big_lambda(jnp.asarray(np.full(size, gain))), x)
         check_close(got, derivative_by_x(gain, X))
-    assert big_arrays(size) <= 2
+    assert big_arrays_after_collecting(size) <= 2
 
 
 def test_clearing_jaxs_caches_frees_what_f_holds():
@@ -643,7 +654,7 @@ def test_clearing_jaxs_caches_frees_what_f_holds():
     assert big_arrays(size) >= 1
     del f
     jax.clear_caches()
-    assert big_arrays(size) == 0
+    assert big_arrays_after_collecting(size) == 0
 
 
 def test_clearing_jaxs_caches_makes_f_be_traced_anew():

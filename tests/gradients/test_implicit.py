@@ -111,6 +111,10 @@ def test_pytrees_params_inputs_and_closures(seed, batched, backward):
     assert relative_error(jax.grad(closed_over, argnums=(0, 1))(params, x), expected) < 1e-9
 
 
+@pytest.mark.museum(
+    "locuslab/deq#11: users had to run gradcheck themselves to see which of two backward passes "
+    "was right"
+)
 def test_finite_differences():
     matrix, x, y = normal(6, 6, scale=0.25), normal(3, 6, seed=1), normal(3, 6, seed=2)
 
@@ -154,6 +158,7 @@ def test_second_derivatives_of_everything_against_an_unrolled_loop():
     assert relative_error(got, expected) < 1e-9
 
 
+@pytest.mark.museum("locuslab/deq#25: derivatives of second and higher order could not be had")
 def test_third_derivative_in_closed_form():
     """z = a z + x has z* = x / (1 - a), so d³z/da³ = 6 x / (1 - a)⁴."""
 
@@ -164,6 +169,10 @@ def test_third_derivative_in_closed_form():
     np.testing.assert_allclose(third, 6 / 0.7**4, rtol=1e-9)
 
 
+@pytest.mark.museum(
+    "akbir/deq-jax: with w = -2, b = 1 its closed-form test expects -2/3, which is right for an "
+    "input added to z but was given to the start"
+)
 def test_closed_form_of_a_relu_equilibrium():
     """z = relu(w z + b) with w = -2, b = 1: z* = b / (1 - w) = 1/3; dz/dw = z / (1 - w) = 1/9."""
 
@@ -196,6 +205,10 @@ def test_spectral_radius_above_one(radius):
     assert (report.status == Status.CONVERGED).all()
 
 
+@pytest.mark.museum(
+    "akbir/deq-jax: the backward tolerance lay below float32 resolution, so the solve usually ran"
+    " to its cap"
+)
 @pytest.mark.parametrize("scale", [1e-36, 1e-6, 1e6, 1e37])
 def test_the_backward_solve_is_relative_to_the_cotangent(scale):
     matrix, x = normal(6, 6, scale=0.3).astype(jnp.float32), normal(2, 6, seed=1)
@@ -210,6 +223,10 @@ def test_the_backward_solve_is_relative_to_the_cotangent(scale):
     np.testing.assert_allclose(scaled.value, np.float32(scale) * one.value, rtol=1e-4)
 
 
+@pytest.mark.museum(
+    "torchdeq T19: no converged flag, no reason, no count; backward statistics only through a "
+    "writer"
+)
 @pytest.mark.parametrize("budget", [300, 3])
 def test_the_probe_reports_what_the_backward_solve_reached(budget):
     matrix, x, y = normal(6, 6, scale=0.25), normal(3, 6, seed=1), normal(3, 6, seed=2)
@@ -284,6 +301,13 @@ def test_a_diverged_sample_does_not_touch_the_gradients_of_the_others():
     np.testing.assert_array_equal(clean[2], spoilt[2])
 
 
+@pytest.mark.museum(
+    "locuslab/deq-flow: reusing the last frame's fixed point was wired into the model code"
+)
+@pytest.mark.museum(
+    "akbir/deq-jax: with w = -2, b = 1 its closed-form test expects -2/3, which is right for an "
+    "input added to z but was given to the start"
+)
 def test_the_start_has_no_gradient():
     matrix, x = normal(6, 6, scale=0.25), normal(2, 6, seed=1)
     z0 = normal(2, 6, seed=2)
@@ -319,6 +343,12 @@ def test_bad_options_are_named(arguments, error):
         Implicit(**arguments)
 
 
+@pytest.mark.museum(
+    "torchdeq T9: some solver options could not be set, and tol and max_iter of one call raised"
+)
+@pytest.mark.museum(
+    "DEQ.jl: the adjoint took 10 linear steps and said nothing when they were too few"
+)
 def test_limits_override_those_of_the_solver():
     assert Implicit(tol=1e-7).backward_solver(Picard()) == Picard(tol=1e-7)
     policy = Implicit(Anderson(history=3), max_iter=9)

@@ -152,6 +152,7 @@ def points():
     return params, x, y, {"solved": solution(params, x), "early": normal(SAMPLES, 4, seed=6)}
 
 
+@pytest.mark.museum("DEQ.jl: tests looked at gradients for being finite and no further")
 def test_one_step_is_one_tracked_call():
     params, x, y, places = points()
     for z in places.values():
@@ -162,6 +163,7 @@ def test_one_step_is_one_tracked_call():
         assert relative_error(got, pulled_back(params, x, z, y)) < 1e-14
 
 
+@pytest.mark.museum("DEQ.jl: tests looked at gradients for being finite and no further")
 @pytest.mark.parametrize(("terms", "damping"), [(1, 0.5), (2, 1.0), (6, 1.0), (5, 0.4)])
 def test_neumann_is_the_series(terms, damping):
     params, x, y, places = points()
@@ -172,6 +174,7 @@ def test_neumann_is_the_series(terms, damping):
         assert relative_error(got, pulled_back(params, x, z, u)) < 1e-14
 
 
+@pytest.mark.museum("DEQ.jl: tests looked at gradients for being finite and no further")
 @pytest.mark.parametrize(("steps", "damping"), [(1, 0.5), (2, 1.0), (5, 0.4), (9, 0.8)])
 def test_phantom_is_backpropagation_through_damped_steps(steps, damping):
     params, x, y, places = points()
@@ -325,6 +328,7 @@ def test_float32(name):
     assert relative_error(got, list(reference(name, params, x, z, y))) < 1e-5
 
 
+@pytest.mark.museum("JAX, while_loop: a while_loop cannot be differentiated in reverse")
 @pytest.mark.parametrize("steps", [None, 6])
 def test_unrolled_is_backpropagation_through_the_evaluations(steps):
     params, x, y = problem()
@@ -406,6 +410,7 @@ def test_unrolled_is_the_derivative_of_what_was_computed(name):
     assert (np.linalg.norm(evaluate(params, z, x) - z, axis=1) > 1e-3).any()
 
 
+@pytest.mark.museum("DEQ.jl: tests looked at gradients for being finite and no further")
 @pytest.mark.parametrize(
     "solver",
     [

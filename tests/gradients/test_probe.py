@@ -138,6 +138,13 @@ def test_the_report_is_what_the_gradient_shows(name):
     assert count == 0
 
 
+@pytest.mark.museum(
+    "jaxopt J6 (google/jaxopt#466): normal CG capped at 3 steps gave a 21 % wrong gradient and no"
+    " flag; a user got all zeros"
+)
+@pytest.mark.museum(
+    "DEQ.jl: the adjoint took 10 linear steps and said nothing when they were too few"
+)
 @pytest.mark.parametrize("name", BACKWARD)
 def test_a_capped_solve_says_so(name):
     solver, cap = BACKWARD[name]
@@ -181,6 +188,7 @@ def test_a_cotangent_that_is_not_finite_is_reported_and_stays_with_its_sample(na
     np.testing.assert_allclose(x_bar[others], clean[others], rtol=1e-12)
 
 
+@pytest.mark.museum("JAX, custom_vjp: a failure in the backward pass has nowhere to go")
 def test_under_vmap_over_params():
     params, x, z, y = problem()
     stacked = jnp.stack([params, 0.3 * params, 0 * params])
@@ -248,6 +256,10 @@ POLICIES = {
 }
 
 
+@pytest.mark.museum(
+    "JAX, symbolic zeros: the backward solve ran although only statistics, or nothing, depended "
+    "on the parameters"
+)
 @pytest.mark.parametrize(
     ("name", "with_probe"),
     [(name, False) for name in POLICIES] + [(name, True) for name in list(POLICIES)[:-2]],

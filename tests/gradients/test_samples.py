@@ -76,6 +76,10 @@ def states(params, x, tol, points, numbers=AT):
     return np.moveaxis(sampled, 1, 0), np.array(stops)
 
 
+@pytest.mark.museum(
+    "torchdeq T6: samples asked for at steps [5, 10] came from [4, 9], evaluations were "
+    "miscounted, traces were padded with 1e8"
+)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_samples_are_the_points_evaluated_and_then_the_final_state(name):
     solver, points = SOLVERS[name]
@@ -232,6 +236,10 @@ def test_one_policy_for_all_samples_and_the_default():
         assert relative_error(got, expected_gradient(params, x, every[0], y, policy)) < 1e-13
 
 
+@pytest.mark.museum(
+    "torchdeq T1: with sampled states and an early stop, the final state silently got the "
+    "samples' one-step gradient instead of the implicit one"
+)
 @pytest.mark.parametrize("solver", [Anderson(tol=1e-10), Broyden(tol=1e-10)], ids=repr)
 def test_the_policy_of_the_value_stays_with_it_when_the_solver_stops_early(solver):
     """In torchdeq it goes to the first sample; the value keeps a gradient of one step."""

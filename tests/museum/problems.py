@@ -24,10 +24,6 @@ def symmetric(eigenvalues, seed=0):
     return basis @ np.diag(eigenvalues) @ basis.T
 
 
-def linear_cell(w, z, x):
-    return z @ w + x
-
-
 def tanh_cell(w, z, x):
     """The cell of most tests, `[B, D]`."""
     return jnp.tanh(z @ w + x)

@@ -62,6 +62,10 @@ def assert_follows(points, expected, sample, rtol=1e-9):
         assert error <= rtol * np.linalg.norm(want)
 
 
+@pytest.mark.museum(
+    "locuslab/mdeq#5: Broyden's first step went the wrong way: z - g instead of z + g; jaxopt's "
+    "default gamma = 1 is the same slip"
+)
 @pytest.mark.parametrize(("memory", "step_size"), [(None, 1.0), (None, 0.7), (3, 1.0), (1, 0.7)])
 @pytest.mark.usefixtures("x64")
 def test_every_step_is_the_recursions(memory, step_size):
@@ -79,6 +83,10 @@ def test_every_step_is_the_recursions(memory, step_size):
         assert_follows(points, expected, i)
 
 
+@pytest.mark.museum(
+    "jaxopt J2: Broyden applied its low-rank product leaf by leaf: the secant condition failed by"
+    " 0.1 to 0.3 on a split tree"
+)
 @pytest.mark.parametrize(("memory", "line_search"), [(None, False), (3, False), (3, True)])
 @pytest.mark.usefixtures("x64")
 def test_secant_condition_and_transpose(memory, line_search):
@@ -109,6 +117,11 @@ def test_secant_condition_and_transpose(memory, line_search):
         np.testing.assert_allclose(states[k].direction, direction, rtol=0, atol=1e-12)
 
 
+@pytest.mark.museum(
+    "jaxopt J2: Broyden applied its low-rank product leaf by leaf: the secant condition failed by"
+    " 0.1 to 0.3 on a split tree"
+)
+@pytest.mark.museum("akbir/deq-jax, locuslab/deq#17: Broyden took states of three dimensions only")
 @pytest.mark.usefixtures("x64")
 def test_a_state_in_three_leaves_takes_the_arrays_steps():
     matrix, x = normal(12, 12, seed=1, scale=0.35), jnp.asarray(normal(3, 12, seed=2))
@@ -133,6 +146,10 @@ def test_a_state_in_three_leaves_takes_the_arrays_steps():
     np.testing.assert_allclose(tree_stats.trace, array_stats.trace, rtol=1e-6, atol=1e-14)
 
 
+@pytest.mark.museum(
+    "torchdeq T5: limited-memory Broyden overwrote columns that later ones were built on: NaN at "
+    "L = 20, 10, 5"
+)
 @pytest.mark.parametrize(
     ("memory", "at_most"), [(None, 60), (20, 60), (10, 60), (5, 80), (2, 140), (1, 200)]
 )
@@ -180,6 +197,7 @@ def test_float32_on_the_slow_map():
     assert stats.evaluations <= 120  # 69 in float64; Picard takes about 680
 
 
+@pytest.mark.museum("jaxopt J12: Broyden divided by a denominator that nothing kept from zero")
 @pytest.mark.usefixtures("x64")
 def test_a_constant_f_and_a_constant_residual_leave_no_nan():
     x = jnp.asarray(normal(2, 5))
@@ -264,6 +282,9 @@ def test_line_search_helps_where_full_steps_wander():
     assert full.evaluations >= 20
 
 
+@pytest.mark.museum(
+    "torchdeq T10: a sample's result moved by up to 7e-4 when a hard sample joined its batch"
+)
 @pytest.mark.parametrize(
     "solver",
     [

@@ -93,6 +93,10 @@ def test_the_solution_is_the_dense_one_and_the_residual_the_true_one(method, tol
         assert (np.linalg.norm(u - expected, axis=1) <= bound + 1e-13).all()
 
 
+@pytest.mark.museum(
+    "jax.scipy.sparse.linalg (jax#15837, #6490, #4322): gmres takes the batch for one vector, and"
+    " its report tells nothing but NaN"
+)
 @BOTH
 @x64
 def test_a_capped_solve_says_so(method):
@@ -124,6 +128,9 @@ def test_gmres_has_the_smallest_residual_over_its_space():
         np.testing.assert_allclose(stats.residual, expected, rtol=1e-9)
 
 
+@pytest.mark.museum(
+    "jax.scipy.sparse.linalg: batched gmres cannot stop inside a restart: 23 products where 6 do"
+)
 @x64
 def test_gmres_stops_at_the_first_product_that_meets_the_tolerance():
     """Each sample at its own, in the middle of a cycle."""
@@ -152,6 +159,13 @@ def test_a_cycle_ends_where_the_tolerance_is_met(solver, products):
     np.testing.assert_allclose(u, dense(matrices, y), rtol=0, atol=1e-6)
 
 
+@pytest.mark.museum(
+    "locuslab/deq#21: one residual for the whole batch: when it stopped depended on the batch size"
+)
+@pytest.mark.museum(
+    "jax.scipy.sparse.linalg (jax#15837, #6490, #4322): gmres takes the batch for one vector, and"
+    " its report tells nothing but NaN"
+)
 @BOTH
 @x64
 def test_a_sample_does_not_depend_on_its_batch_mates(method):
@@ -319,6 +333,9 @@ def test_float32(solver):
     np.testing.assert_allclose(stats.residual, true_residual(*given, u), rtol=0, atol=5e-7)
 
 
+@pytest.mark.museum(
+    "locuslab/mdeq#8: the sign of the backward equation was unclear: Jᵀu + y = 0 or u = Jᵀu + y"
+)
 @BOTH
 @x64
 def test_the_adjoint_of_a_nonlinear_cell(method):

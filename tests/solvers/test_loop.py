@@ -24,6 +24,13 @@ def inputs(batch, width=6, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, width)), jnp.float32)
 
 
+@pytest.mark.museum(
+    "torchdeq T19: no converged flag, no reason, no count; backward statistics only through a "
+    "writer"
+)
+@pytest.mark.museum(
+    "jaxopt J10: the state returned was one step past the one whose error was quoted"
+)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_residual_is_that_of_the_returned_iterate(solver):
     x = inputs(4)
@@ -38,6 +45,12 @@ def test_residual_is_that_of_the_returned_iterate(solver):
     assert stats.converged.all()
 
 
+@pytest.mark.museum(
+    "torchdeq T10: a sample's result moved by up to 7e-4 when a hard sample joined its batch"
+)
+@pytest.mark.museum(
+    "locuslab/deq#21: one residual for the whole batch: when it stopped depended on the batch size"
+)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_sample_does_not_depend_on_its_batch_mates(solver):
     x = inputs(4)
@@ -52,6 +65,10 @@ def test_a_sample_does_not_depend_on_its_batch_mates(solver):
         np.testing.assert_allclose(stats.residual[i], alone_stats.residual[0], rtol=1e-2)
 
 
+@pytest.mark.museum(
+    "torchdeq T6: samples asked for at steps [5, 10] came from [4, 9], evaluations were "
+    "miscounted, traces were padded with 1e8"
+)
 @pytest.mark.parametrize("solver", [Picard(max_iter=7), Anderson(max_iter=7), Picard(max_iter=1)])
 @pytest.mark.parametrize("gain", [0.01, 0.99])
 def test_evaluations_count_the_calls_of_f(solver, gain):
@@ -69,6 +86,10 @@ def test_evaluations_count_the_calls_of_f(solver, gain):
         assert stats.evaluations == solver.max_iter
 
 
+@pytest.mark.museum(
+    "torchdeq T3: multiplication with a mask let NaN and inf into the best state of a diverging "
+    "sample"
+)
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_bad_sample_stays_alone(solver, bad):
@@ -86,6 +107,10 @@ def test_a_bad_sample_stays_alone(solver, bad):
     assert stats.iterations[1] == 1
 
 
+@pytest.mark.museum(
+    "torchdeq T3: multiplication with a mask let NaN and inf into the best state of a diverging "
+    "sample"
+)
 def test_a_sample_that_explodes_returns_its_best_finite_iterate():
     def f(params, z, x):
         # Halves the distance to 1 until z passes 0.9, then overflows.
@@ -99,6 +124,9 @@ def test_a_sample_that_explodes_returns_its_best_finite_iterate():
     np.testing.assert_array_equal(stats.iterations, [5, 5])
 
 
+@pytest.mark.museum(
+    "jaxopt J10: the state returned was one step past the one whose error was quoted"
+)
 def test_the_best_iterate_is_returned_when_the_last_one_is_worse():
     def f(params, z, x):
         # Rotation with growth: the residual is lowest where the rotation starts nearest to 0.
@@ -116,6 +144,10 @@ def test_the_best_iterate_is_returned_when_the_last_one_is_worse():
     )
 
 
+@pytest.mark.museum(
+    "torchdeq T6: samples asked for at steps [5, 10] came from [4, 9], evaluations were "
+    "miscounted, traces were padded with 1e8"
+)
 def test_the_trace_holds_every_residual_until_each_samples_stop():
     solver = Anderson(tol=1e-4, max_iter=60, trace=True)
     _, stats = deq_fixed_point(gains_cell, GAINS, inputs(4), solver=solver, return_stats=True)

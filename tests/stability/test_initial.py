@@ -56,6 +56,9 @@ def test_mixed_starts_are_normal_or_zero():
         mixed_initial(KEY, like, -0.5)
 
 
+@pytest.mark.museum(
+    "locuslab/deq-flow: reusing the last frame's fixed point was wired into the model code"
+)
 def test_a_warm_start_over_a_sequence_needs_fewer_evaluations():
     """A scan over inputs that change slowly, from zeros and from the last solution."""
     w, x = problem()

@@ -43,6 +43,10 @@ def dense(params, z, x):
     )
 
 
+@pytest.mark.museum(
+    "DeepEquilibriumNetworks.jl: the Jacobian penalty was vᵀ J v, whose mean is the trace and not"
+    " the norm"
+)
 def test_the_mean_over_many_samples_is_the_dense_norm(x64):
     params, z, x = problem()
     got = jax.jit(lambda: jacobian_frobenius(cell, params, z, x, KEY, 4096))()
@@ -59,6 +63,10 @@ def test_one_sample_is_the_formula(x64):
     np.testing.assert_allclose(got, ((2 * np.cos(2 * z)) ** 2).sum(1), rtol=1e-12)
 
 
+@pytest.mark.museum(
+    "torchdeq T18: the Jacobian penalty of a recipe differentiated through the solve, unlike the "
+    "paper's"
+)
 @pytest.mark.parametrize("attached", [False, True])
 def test_its_gradient_is_that_of_the_dense_formula_at_a_constant_state(x64, attached, monkeypatch):
     """Over the rows of a Hadamard matrix the mean of `‖vᵀ J‖²` is the norm, without noise."""
