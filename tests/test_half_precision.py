@@ -139,8 +139,13 @@ def name(value):
 @pytest.mark.museum(
     "JAX, carry dtypes: a bfloat16 state with float32 parameters: an error about the loop's carry"
 )
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize(("solver", "policy", "u"), CASES, ids=name)
+# All in bfloat16; in float16 every solver, and one policy of each kind.
+@pytest.mark.parametrize(
+    ("solver", "policy", "u", "dtype"),
+    [(*case, jnp.bfloat16) for case in CASES]
+    + [(*CASES[i], jnp.float16) for i in (0, 1, 2, 3, 4, 8, 10)],
+    ids=name,
+)
 def test_forwards_and_backwards(dtype, solver, policy, u):
     given = problem(dtype)
     w, x, y = given["w"], given["x"], given["y"]

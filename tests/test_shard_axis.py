@@ -91,8 +91,16 @@ def test_values_statistics_and_samples():
     assert stats.trace.sharding.spec == P(None, "data")
 
 
-@pytest.mark.parametrize("given_by", ["context", "sharding", "explicit context"])
-@pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize(
+    ("given_by", "jitted"),
+    [
+        ("context", True),
+        ("sharding", True),
+        ("sharding", False),
+        ("explicit context", True),
+        ("explicit context", False),
+    ],
+)
 def test_gradients(given_by, jitted):
     params, x, cotangent = inputs()
     expected = dense(params, x, cotangent)[1]
@@ -120,8 +128,14 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("closes_over", [False, True], ids=["arguments", "closure"])
-@pytest.mark.parametrize("policy", POLICIES)
+# As arguments in every policy; closed over where a policy treats what f captures its own way.
+@pytest.mark.parametrize(
+    ("policy", "closes_over"),
+    [
+        *((policy, False) for policy in POLICIES),
+        *((policy, True) for policy in ("Implicit", "Newton", "Neumann", "Phantom", "Unrolled")),
+    ],
+)
 def test_every_policy(policy, closes_over):
     solver, gradient, reports = POLICIES[policy]
     params, x, cotangent = inputs()
