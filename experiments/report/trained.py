@@ -18,7 +18,7 @@ from experiments.train.config import TrainingConfig
 from experiments.train.errors import CheckpointError, RunMismatchError, UsageError
 from experiments.train.loop import Dataset, Progress, trained_model
 from experiments.train.runs import Checkpoints, RunFolder, differences, flat_settings
-from experiments.train.step import initial_state
+from experiments.train.step import TrainState, initial_state
 
 SCRIPTS: dict[str, Any] = {
     "image_classification": image_classification,
@@ -105,6 +105,13 @@ def read_run(path: pathlib.Path, data_dir: str | None = None, unfit: Unfit = _is
         ExperimentError: there is no such run, checkpoint or data, or it is of no use; the message
             says what is wrong.
     """
+    return read_state(path, data_dir, unfit)[0]
+
+
+def read_state(
+    path: pathlib.Path, data_dir: str | None = None, unfit: Unfit = _is_fit
+) -> tuple[Run, TrainState]:
+    """The same, and the state with which the training goes on; see `read_run`."""
     script, config = read_config(path, unfit)
     folder = RunFolder(path)
     if not folder.has_checkpoint():
@@ -132,4 +139,5 @@ def read_run(path: pathlib.Path, data_dir: str | None = None, unfit: Unfit = _is
     state, progress = restored[0], Progress(**restored[1])
     if progress.data != dataset.checksum():
         raise RunMismatchError(f"--run: {path} was trained on other data than there are now")
-    return Run(path, script, config, dataset, trained_model(config, model, state), progress)
+    trained = trained_model(config, model, state)
+    return Run(path, script, config, dataset, trained, progress), state

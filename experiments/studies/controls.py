@@ -1,202 +1,253 @@
-"""The DEQ-Transformer beside its controls, trained in the same way for the same steps.
+"""The DEQ-Transformer beside its controls, tuned alike, trained for the same steps.
 
-Trains each network, or goes on where it was, and puts their losses beside what they cost:
-parameters, evaluations of the cell, and of one training step its time and memory. The time is the
-median of interleaved rounds at the end of training, so that it does not matter what else the
-machine did while the networks were trained; the memory is that of the temporaries of the compiled
-step.
+Each network gets the same number of trials, which are judged on a validation part of the training
+text. The best trial is trained with three seeds on the whole training text, and the end of the
+text, which no trial has seen, is reported on. A training that was interrupted goes on where it was.
+
+The time of a step is the median of interleaved rounds at the end of training, so that it does not
+matter what else the machine did while the networks were trained. The memory is that of the
+temporaries of the compiled step.
 
     python -m experiments.studies.controls copy
-    python -m experiments.studies.controls language --data-dir DIR
-    python -m experiments.studies.controls copy language --data-dir DIR --write
+    python -m experiments.studies.controls language --data-dir DIR --write
 """
 
 import dataclasses
 import pathlib
 import statistics
 import time
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 import tyro
 
 from deq_jax.models.conv_deq import count_parameters
 from experiments import copy_memory, language_model
-from experiments.studies.tables import DOCS, machine, markdown_head, markdown_row, write_below
-from experiments.train import copy_config, language_config
-from experiments.train.checkpoints import Checkpoints
-from experiments.train.experiment import Experiment
-from experiments.train.runs import RunDirectory
-from experiments.train.script import resume
-from experiments.train.training import TrainState
-
-PAGE = DOCS / "sequences.md"
-MARKER = "<!-- Below: written by `python -m experiments.studies.controls --write`. -->"
-
-Name = Literal["copy", "language"]
+from experiments.report.trained import read_state
+from experiments.studies.tables import Command, Document, Part, Study, markdown_table, origin
+from experiments.train.runs import RunFolder
+from experiments.train.stability import training_phase
+from experiments.train.step import make_train_step
 
 ROUNDS, STEPS = 7, 3
 """Rounds of timing, and steps of each network in a round."""
 
-CONTROLS: dict[str, dict[str, tuple[str, ...]]] = {
-    "copy": {
-        "DEQ": (),
-        "weight-tied, 4 times": ("--model=weight_tied",),
-        "explicit, 4 blocks, equal parameters": (
-            "--model=explicit",
-            "--features=16",
-            "--hidden-features=36",
-        ),
-        "LSTM": ("--model=lstm", "--features=10", "--hidden-features=53"),
-        "GRU": ("--model=gru", "--features=10", "--hidden-features=62"),
-    },
-    "language": {
-        "DEQ": (),
-        "weight-tied, 8 times": ("--model=weight_tied",),
-        "explicit, 8 blocks, equal parameters": (
-            "--model=explicit",
-            "--features=68",
-            "--hidden-features=272",
-            "--heads=4",
-        ),
-        "explicit, 8 blocks of equal width": ("--model=explicit",),
-    },
-}
-"""What each study trains, and the flags with which it does."""
+Flags = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Network:
+    """A network of a study.
+
+    Attributes:
+        flags: what makes it this network.
+        trials: further flags by the trial's name, of which the best are taken; the first where
+            nothing is tuned.
+    """
+
+    flags: Flags
+    trials: dict[str, Flags]
+
+
+def _rates(*rates: str) -> dict[str, Flags]:
+    return {f"lr {rate}": (f"--optim.lr={rate}",) for rate in rates}
+
+
+_EQUAL = ("--network.features=68", "--network.hidden-features=272", "--cell.heads=4")
+_NARROW = ("--network.features=16", "--network.hidden-features=36")
+_RECURRENT = ("--network.features=10",)
+
+NETWORKS: dict[str, dict[str, Network]] = {
+    "copy": {
+        "DEQ": Network((), {"preset": ()}),
+        "weight-tied, 4 times": Network(("--model=weight_tied",), {"preset": ()}),
+        "explicit, 4 blocks, equal parameters": Network(
+            ("--model=explicit", *_NARROW), {"preset": ()}
+        ),
+        "LSTM": Network(
+            ("--model=lstm", *_RECURRENT, "--network.hidden-features=53"), {"preset": ()}
+        ),
+        "GRU": Network(
+            ("--model=gru", *_RECURRENT, "--network.hidden-features=62"), {"preset": ()}
+        ),
+    },
+    "language": {
+        "DEQ": Network(
+            (),
+            _rates("0.002", "0.004", "0.001")
+            | {
+                "lr 0.002, penalty 0.05": (
+                    "--optim.lr=0.002",
+                    "--stability.jacobian.weight=0.05",
+                )
+            },
+        ),
+        "weight-tied, 8 times": Network(
+            ("--model=weight_tied",), _rates("0.002", "0.004", "0.001", "0.008")
+        ),
+        "explicit, 8 blocks, equal parameters": Network(
+            ("--model=explicit", *_EQUAL), _rates("0.002", "0.004", "0.001", "0.008")
+        ),
+        "explicit, 8 blocks of equal width": Network(
+            ("--model=explicit",), _rates("0.002", "0.004", "0.001", "0.008")
+        ),
+    },
+}
+"""What each part of the study trains."""
+
+SCRIPTS: dict[str, Any] = {"copy": copy_memory, "language": language_model}
+SPLITS = {"copy": "test", "language": "validation"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Command):
     """What to study.
 
     Attributes:
-        studies: copy, language.
         data_dir: folder of prepared data sets, for language.
         runs: folder for the runs.
-        write: put the tables into docs/sequences.md as well.
+        seeds: seeds of the final trainings of each network.
     """
 
-    studies: Annotated[tuple[Name, ...], tyro.conf.Positional] = ("copy",)
     data_dir: str | None = None
     runs: str = "runs/controls"
-    write: bool = False
+    seeds: int = 3
 
 
-@dataclasses.dataclass
-class Row:
-    """A trained network.
-
-    Attributes:
-        name: what it is.
-        loss: of the evaluation, after the last epoch.
-        parameters: trainable numbers.
-        evaluations: of the cell in a solve of the evaluation, and products backwards in the last
-            epoch; empty for a network without a solver.
-        steps: of the training.
-        memory: bytes of the temporaries of a training step.
-        seconds: that the timed steps took, one after another.
-    """
-
-    name: str
-    loss: float
-    parameters: int
-    evaluations: str
-    steps: int
-    memory: int
-    seconds: list[float] = dataclasses.field(default_factory=list)
+def train(part: str, folder: pathlib.Path, flags: Sequence[str], config: Config) -> dict[str, Any]:
+    """The figures of a finished training; trains, or goes on, where there are none."""
+    if (result := RunFolder(folder).read_result()) is not None:
+        return result
+    words = [*flags, f"--run.dir={folder}"]
+    if part == "language" and config.data_dir is not None:
+        words.append(f"--data.dir={config.data_dir}")
+    print(f"\n{folder}: {' '.join(flags)}", flush=True)
+    if code := SCRIPTS[part].main(words):
+        raise SystemExit(code)
+    result = RunFolder(folder).read_result()
+    assert result is not None
+    return result
 
 
-class Timed:
-    """A trained network whose training steps are timed.
+def tune(part: str, name: str, config: Config) -> dict[str, float]:
+    """The validation loss of each trial of a network, the first seed each; none for one trial."""
+    network = NETWORKS[part][name]
+    if len(network.trials) == 1:
+        return {}
+    losses = {}
+    for trial, flags in network.trials.items():
+        folder = pathlib.Path(config.runs, part, _slug(name), _slug(trial))
+        held_out = ("--data.validation=0.1", *network.flags, *flags)
+        losses[trial] = train(part, folder, held_out, config)["validation_loss"]
+    return losses
 
-    Args:
-        experiment: the network and its data.
-        state: as it was trained; used up.
-    """
 
-    def __init__(self, experiment: Experiment, state: TrainState):
-        self._batches = experiment.task.batches(0, 0)
-        self._batch = next(self._batches)
-        number = experiment.config.epochs * experiment.task.steps_per_epoch - 1
-        self._step = experiment.task.train_step.compiled(number)
-        self._state = state
-        compiled = self._step.lower(state, self._batch).compile()
-        self.memory = compiled.memory_analysis().temp_size_in_bytes
-        self.seconds()
+def measure(part: str, config: Config) -> Part:
+    """Tunes, trains and times all networks of a part."""
+    rows: dict[str, dict[str, Any]] = {}
+    timed: dict[str, Callable[[], list[float]]] = {}
+    for name, network in NETWORKS[part].items():
+        trials = tune(part, name, config)
+        chosen = min(trials, key=trials.__getitem__) if trials else next(iter(network.trials))
+        finals, folders = [], []
+        for seed in range(config.seeds):
+            folders.append(pathlib.Path(config.runs, part, _slug(name), f"seed-{seed}"))
+            flags = (*network.flags, *network.trials[chosen], f"--seed={seed}")
+            finals.append(train(part, folders[-1], flags, config))
+        split = SPLITS[part]
+        row: dict[str, Any] = {
+            "trials": trials,
+            "chosen": chosen if trials else None,
+            "losses": [final[f"{split}_loss"] for final in finals],
+            "steps": finals[0]["step"],
+        }
+        if f"{split}_forward_iterations" in finals[0]:
+            row["forward"] = [final[f"{split}_forward_iterations"] for final in finals]
+            row["backward"] = [final["backward_iterations"] for final in finals]
+        timed[name] = _timer(folders[0], row)
+        rows[name] = row
+    for _ in range(ROUNDS):
+        for name, seconds in timed.items():
+            rows[name].setdefault("seconds", []).extend(seconds())
+    return {"rows": rows}
 
-    def seconds(self) -> list[float]:
-        """Takes some steps and says how long each took."""
+
+def _timer(folder: pathlib.Path, row: dict[str, Any]) -> Callable[[], list[float]]:
+    """What takes some steps of a trained network and says how long each took."""
+    run, state = read_state(folder)
+    config, dataset = run.config, run.dataset
+    steps = config.epochs * dataset.steps_per_epoch(config.batch_size)
+    phase = training_phase(config, steps - 1, steps)
+    optimizer = config.optim.optimizer(steps)
+    step = make_train_step(config, run.model, optimizer, phase, None, dataset.white)
+    batch = next(dataset.train_batches(config.batch_size, seed=config.seed, epoch=0))
+    compiled = step.lower(state, batch).compile()
+    row["parameters"] = count_parameters(run.model)
+    row["memory"] = compiled.memory_analysis().temp_size_in_bytes
+
+    def seconds() -> list[float]:
+        nonlocal state
         taken = []
         for _ in range(STEPS):
             started = time.perf_counter()
-            self._state, metrics = self._step(self._state, self._batch)
-            jax.block_until_ready((self._state, metrics))
+            state, loss = step(state, batch)
+            jax.block_until_ready((state, loss))
             taken.append(time.perf_counter() - started)
         return taken
 
-
-def trained(study: Name, name: str, config: Config) -> tuple[Row, Timed]:
-    """Trains one network, or goes on, or finds it finished."""
-    modules: dict[str, Any] = {
-        "copy": (copy_memory, copy_config),
-        "language": (language_model, language_config),
-    }
-    script, settings = modules[study]
-    short = "".join(letter if letter.isalnum() else "-" for letter in name)
-    folder = pathlib.Path(config.runs) / f"{study}-{short}"
-    flags = [*CONTROLS[study][name], f"--run-dir={folder}"]
-    if study == "language" and config.data_dir is not None:
-        flags.append(f"--data-dir={config.data_dir}")
-    training = settings.parse(flags)
-    print(f"\n{study}: {name}", flush=True)
-    if code := script.run(training):
-        raise SystemExit(code)
-    directory = RunDirectory(folder)
-    experiment = script.load(training, directory)
-    with Checkpoints(directory.checkpoints) as checkpoints:
-        state, progress = resume(experiment, checkpoints)
-    timed = Timed(experiment, state)
-    split, last = experiment.dataset.evaluation_name, progress.history[-1]
-    evaluations = "-"
-    if training.is_deq:
-        evaluations = (
-            f"{last[f'{split}_forward_iterations']:.1f} / {last['backward_iterations']:.1f}"
-        )
-    row = Row(
-        name=name,
-        loss=last[f"{split}_loss"],
-        parameters=count_parameters(experiment.model),
-        evaluations=evaluations,
-        steps=last["step"],
-        memory=timed.memory,
-    )
-    return row, timed
+    seconds()
+    return seconds
 
 
-def table(study: Name, config: Config) -> str:
-    """Trains and times all networks of a study; the Markdown table."""
-    rows = [trained(study, name, config) for name in CONTROLS[study]]
-    for _ in range(ROUNDS):
-        for row, timed in rows:
-            row.seconds += timed.seconds()
+def render(document: Document) -> dict[str, str]:
+    """The Markdown of each part."""
+    return {part: _table(measured) for part, measured in document.items()}
+
+
+def _table(part: Part) -> str:
     columns = ["network", "loss", "parameters", "evaluations forwards / backwards"]
     columns += ["seconds a step", "memory of a step", "minutes for all steps"]
-    lines = [markdown_head(columns)]
-    for row, _ in rows:
-        cells = [row.name, f"{row.loss:.4g}", f"{row.parameters:,}", row.evaluations]
-        seconds = statistics.median(row.seconds)
-        cells += [f"{seconds:.3g}", f"{row.memory / 2**20:.0f} MiB"]
-        lines.append(markdown_row([*cells, f"{row.steps * seconds / 60:.1f}"]))
-    return f"### {study}\n\n" + "\n".join(lines)
+    table = []
+    for name, row in part["rows"].items():
+        loss = f"{np.mean(row['losses']):.4g}"
+        if len(row["losses"]) > 1:
+            loss += f" ± {np.std(row['losses'], ddof=1):.1g}"
+        solves = "-"
+        if "forward" in row:
+            solves = f"{np.mean(row['forward']):.1f} / {np.mean(row['backward']):.1f}"
+        seconds = statistics.median(row["seconds"])
+        cells = [name, loss, f"{row['parameters']:,}", solves, f"{seconds:.3f}"]
+        cells += [f"{row['memory'] / 2**20:.0f} MiB", f"{row['steps'] * seconds / 60:.1f}"]
+        table.append(cells)
+    text = markdown_table(columns, table)
+    if trials := {name: row["trials"] for name, row in part["rows"].items() if row["trials"]}:
+        cells = [
+            [name, ", ".join(f"{trial}: {loss:.4f}" for trial, loss in losses.items())]
+            for name, losses in trials.items()
+        ]
+        text += "\n\nLosses of the trials on the validation part of the training text, one seed:\n"
+        text += f"\n{markdown_table(['network', 'trials'], cells)}"
+    seeds = len(next(iter(part["rows"].values()))["losses"])
+    what = "one seed" if seeds == 1 else f"mean and standard deviation of {seeds} seeds"
+    return f"{text}\n\nLosses are of {what}. {origin(part['context'])}"
+
+
+STUDY = Study("controls", render)
+
+
+def _slug(name: str) -> str:
+    """A name as a folder: letters, digits and points, and single hyphens between them."""
+    kept = "".join(letter if letter.isalnum() or letter == "." else " " for letter in name)
+    return "-".join(kept.lower().split())
 
 
 def main() -> None:
-    """Prints the tables; with `--write` puts them into the page, below what is written there."""
+    """Measures and prints the tables, see `Command`."""
     config = tyro.cli(Config, description=__doc__)
-    tables = [table(study, config) for study in config.studies]
-    print("\n\n".join(tables))
-    if config.write:
-        write_below(PAGE, MARKER, [f"{machine()}.", *tables])
+    measures = {part: lambda config, part=part: measure(part, config) for part in NETWORKS}
+    STUDY.run(config, measures)
 
 
 if __name__ == "__main__":

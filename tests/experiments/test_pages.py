@@ -1,4 +1,4 @@
-"""Every generated part of a page, and the figures of the README, are those in docs/data."""
+"""Every generated part of a page, and the figures of docs/results.md, are those in docs/data."""
 
 import json
 import re
@@ -6,10 +6,11 @@ import re
 import pytest
 
 from experiments.benchmark import page as benchmark
-from experiments.studies import accuracy, convergence, memory
+from experiments.studies import accuracy, controls, convergence, memory
 from experiments.studies.tables import DOCS, ROOT, Study, as_json
 
-STUDIES = {s.name: s for s in (accuracy.STUDY, convergence.STUDY, memory.STUDY, benchmark.STUDY)}
+_MODULES = (accuracy, controls, convergence, memory, benchmark)
+STUDIES = {module.STUDY.name: module.STUDY for module in _MODULES}
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
@@ -53,7 +54,7 @@ def test_every_picture_of_a_study_is_there():
 
 
 def memory_figures():
-    """Of the README's row on a language model, from the JSON."""
+    """Of the row on a language model, from the JSON."""
     part = memory.STUDY.load()["language"]
     column = part["depths"].index(30)
     unrolled, equilibrium = (
@@ -64,7 +65,7 @@ def memory_figures():
 
 
 def convergence_figures():
-    """Of the README's rows on convergence: the last tolerance, and of the maps the largest."""
+    """Of the rows on convergence: the last tolerance, and of the maps the largest."""
     document = convergence.STUDY.load()
     anderson, picard = "Anderson(5)", "Picard"
     forward, backward = (
@@ -84,7 +85,7 @@ def convergence_figures():
 
 
 def benchmark_figures():
-    """Of the README's table beside other libraries, from the medians in the JSON."""
+    """Of the table beside other libraries, from the medians in the JSON."""
     document = benchmark.STUDY.load()
 
     def ratios(workload, case, own):
@@ -107,21 +108,21 @@ def benchmark_figures():
 
 
 @pytest.mark.parametrize("figures", [memory_figures, convergence_figures, benchmark_figures])
-def test_figures_of_the_readme_are_those_of_the_json(figures):
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+def test_figures_at_a_glance_are_those_of_the_json(figures):
+    lines = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
     for label, figure in figures().items():
         (line,) = [line for line in lines if line.startswith(f"| {label}")]
         assert line.endswith(f"| {figure} |"), f"{line}\nin the JSON: {figure}"
 
 
-def test_rounded_figures_of_the_readme_agree_with_the_json():
+def test_rounded_figures_at_a_glance_agree_with_the_json():
     """The JSON of these two workloads holds figures that were rounded themselves."""
     document = benchmark.STUDY.load()
     eager = document["eager"]["cases"]["forward"]["rows"]
     jitted, plain = (benchmark.seconds(eager[name]) for name in ("deq_jax", "deq_jax, eager"))
     products = document["preparation"]["cases"]["forward + gradient"]["rows"]["deq_jax"]
     ratio = benchmark.seconds(products, "prepared product") / benchmark.seconds(products, "product")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     (more,) = re.findall(r"an eager call over the jitted one.* \| ([\d.]+) ms more \|", text)
     (share,) = re.findall(r"backward loop of an ordinary .* \| ([\d.]+) of the time \|", text)
     assert float(more) == pytest.approx(1e3 * (plain - jitted), abs=0.0051)
