@@ -1,37 +1,36 @@
-"""What a trained network is looked at with: examples of any kind, and how a report speaks of them.
-
-`images` and `sequences` have the kinds that there are.
-"""
+"""The examples that a trained network is looked at with: images, or sequences of tokens."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Protocol, TypeVar
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from matplotlib.image import imsave
 
-from experiments.report.results import Solves
+from experiments.data.splits import fixed_split
+from experiments.report.measure import Solves
 
 AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
 
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship")
+_CLASSES = {"cifar10": (*_CIFAR10, "truck")}
+"""Names of classes, where they are not numbers."""
 
-@dataclasses.dataclass(frozen=True)
-class Words:
+
+class Words(NamedTuple):
     """How a report speaks of examples.
 
     Attributes:
-        one: one of them.
-        many: several.
-        good: an adjective for what went well, as `Examples.good` has it.
-        bad: an adjective for the others.
-        answers: what the adjectives are said of.
-        against: what the residual is compared with.
-        question: the paragraph that says how.
-        tally: how many went well; has `{good}`, `{bad}` and `{total}` in it.
-        few_good: what there are too few of where too little went well.
-        few_bad: likewise where too little went wrong.
+        one: singular of the examples.
+        many: plural of the examples.
+        good: adjective for what went well, which is what `Examples.good` says.
+        bad: adjective for the others.
+        answers: noun that these adjectives belong to.
         loss: unit of the loss; empty where accuracy says enough.
-        spectrum: what else to know about their spectra; may be empty.
     """
 
     one: str
@@ -39,44 +38,230 @@ class Words:
     good: str
     bad: str
     answers: str
-    against: str
-    question: str
-    tally: str
-    few_good: str
-    few_bad: str
     loss: str = ""
-    spectrum: str = ""
 
 
-class Examples(Protocol):
+class Card(NamedTuple):
+    """An example as the gallery shows it.
+
+    Attributes:
+        name: its heading.
+        lines: lines of text, each with its CSS class.
+        picture: a PNG; None for a text.
+        text: the text in place of a picture.
+    """
+
+    name: str
+    lines: Sequence[tuple[str, str]]
+    picture: bytes | None = None
+    text: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples(ABC):
     """Some of the examples that a run is evaluated on.
 
     Attributes:
         inputs: `[N, ...]`, as they are kept in memory.
-        targets: `[N]` classes, or `[N, L]` where each position is to predict one.
-        facts: what they are, by name.
-        words: how to speak of them.
+        targets: `[N]` classes, or `[N, L]` with one for each position.
+        numbers: `[N]`, their places in the split that they are from; None for 0, 1, 2, ...
+        facts: what the report tells about them, by name.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
-    facts: Mapping[str, str]
-    words: Words
+    numbers: np.ndarray | None = dataclasses.field(default=None, kw_only=True)
+    facts: Mapping[str, str] = dataclasses.field(default_factory=dict, kw_only=True)
+
+    words: ClassVar[Words]
 
     def __len__(self) -> int:
-        """N."""
+        return len(self.inputs)
 
     def prepare(self, inputs: jax.Array) -> jax.Array:
-        """What the network takes, of some `inputs`."""
+        """Turns some `inputs` into what the network takes."""
+        return inputs
 
     def asked(self, positions: AnyArray) -> AnyArray:
-        """The part that counts of targets or logits, `[B]` or `[B, L]` and any further axes."""
+        """The part of targets or logits that counts; they are `[B, ...]` or `[B, L, ...]`."""
+        return positions
+
+    @abstractmethod
+    def good(self, solves: Solves) -> np.ndarray:
+        """`[N]` boolean: which examples went well, for comparing that with the residual."""
+
+    @abstractmethod
+    def card(self, solves: Solves, index: int) -> Card:
+        """What the gallery shows of one example."""
+
+    def name(self, index: int) -> str:
+        """The name of one example."""
+        return f"{self.words.one} {index if self.numbers is None else self.numbers[index]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageExamples(Examples):
+    """Images `[N, H, W, C]` uint8 that a network classifies.
+
+    Attributes:
+        white: pixel value that becomes 1.
+        classes: names of the classes; None for their numbers.
+    """
+
+    white: int = 255
+    classes: Sequence[Any] | None = None
+
+    words = Words("image", "images", "correct", "wrong", "answers")
+
+    def prepare(self, inputs: jax.Array) -> jax.Array:
+        """Scales the pixels to float32 with `white` at 1."""
+        return inputs.astype(jnp.float32) / self.white
 
     def good(self, solves: Solves) -> np.ndarray:
-        """`[N]` boolean: which went well, for comparing it with the residual."""
+        """Whether the answer is right."""
+        return solves.correct
 
-    def score(self, solves: Solves) -> str:
-        """How well the network does, in a sentence."""
+    def card(self, solves: Solves, index: int) -> Card:
+        """A thumbnail with the true and the predicted class."""
+        true, guess = solves.labels[index], solves.predicted[index]
+        if self.classes is not None:
+            true, guess = self.classes[true], self.classes[guess]
+        mark = "right" if solves.correct[index] else "wrong"
+        lines = ((f"true {true}", ""), (f"predicted {guess}", mark))
+        return Card(self.name(index), lines, picture=thumbnail(self.inputs[index], self.white))
 
-    def gallery(self, solves: Solves, indices: np.ndarray) -> str:
-        """HTML that shows some of them with their answers and solves."""
+
+@dataclasses.dataclass(frozen=True)
+class SequenceExamples(Examples):
+    """Sequences `[N, L]` int32 of tokens, of which a network predicts each next token.
+
+    Attributes:
+        show: from inputs, labels and predictions of a sequence to the text that shows it.
+        first: position from which on answers count.
+    """
+
+    show: Callable[[np.ndarray, np.ndarray, np.ndarray], str]
+    first: int = 0
+
+    words = Words("sequence", "sequences", "low-loss", "high-loss", "sequences", "nats a token")
+
+    def asked(self, positions: AnyArray) -> AnyArray:
+        """The positions from `first` on."""
+        return positions[:, self.first :]
+
+    def good(self, solves: Solves) -> np.ndarray:
+        """Whether the mean loss is finite and at most the median."""
+        loss = np.where(np.isfinite(solves.loss), solves.loss, np.inf)
+        return (loss <= np.median(loss)) & np.isfinite(loss)
+
+    def card(self, solves: Solves, index: int) -> Card:
+        """The text with the share of right tokens and the loss."""
+        text = self.show(self.inputs[index], solves.labels[index], solves.predicted[index])
+        score = f"right {solves.correct[index].mean():.0%}, loss {solves.loss[index]:.3f}"
+        return Card(self.name(index), ((score, ""),), text=text)
+
+
+def choose_images(dataset: Any, count: int) -> ImageExamples:
+    """A stratified subset of the images that a run is evaluated on, the same one for each run.
+
+    Args:
+        dataset: an `ImageDataset`.
+        count: number of images; all of them if there are no more.
+    """
+    labels, total = dataset.evaluation.labels, len(dataset.evaluation)
+    numbers = np.arange(total) if count >= total else fixed_split(labels, count)[0]
+    split = dataset.evaluation_name
+    part = f"{len(numbers):,} of the {total:,} {split} images"
+    if len(numbers) < total:
+        part += ", a stratified subset"
+    if split == "validation":
+        part += " (--validation-fraction: the test set is not looked at)"
+    chosen = dataset.evaluation.take(numbers)
+    return ImageExamples(
+        chosen.images,
+        chosen.labels,
+        white=dataset.white,
+        numbers=numbers,
+        classes=_CLASSES.get(dataset.name),
+        facts={
+            "data": f"{dataset.name}, trained on {len(dataset.train):,} images",
+            "looked at": part,
+        },
+    )
+
+
+def choose_windows(dataset: Any, length: int, count: int) -> SequenceExamples:
+    """Windows of the text that a run is evaluated on, spread evenly over it.
+
+    Args:
+        dataset: a `TextDataset`.
+        length: tokens in a window. A text that is shorter is one window.
+        count: number of windows; all of them if there are no more.
+    """
+    tokens, vocabulary = dataset.evaluation, dataset.vocabulary
+    length = min(length, len(tokens) - 1)
+    total = (len(tokens) - 1) // length
+    numbers = np.linspace(0, total - 1, min(count, total)).round().astype(int)
+    found = tokens[(numbers * length)[:, np.newaxis] + np.arange(length + 1)]
+    part = (
+        f"{len(numbers):,} of the {total:,} windows of {length} {vocabulary.level} in the "
+        f"{dataset.evaluation_name} text"
+    )
+    if len(numbers) < total:
+        part += ", spread evenly over it"
+    return SequenceExamples(
+        found[:, :-1],
+        found[:, 1:],
+        show=lambda inputs, labels, predicted: vocabulary.decode(inputs),
+        numbers=numbers,
+        facts={
+            "data": f"{dataset.name}, trained on {len(dataset.train):,} {vocabulary.level}",
+            "looked at": part,
+        },
+    )
+
+
+def choose_copies(dataset: Any, shown: int, count: int) -> SequenceExamples:
+    """The first sequences of those that copy memory is evaluated on.
+
+    Only the symbols asked for at the end of a sequence count as answers. The other answers are
+    zeros, which a network soon learns and which would hide the symbols.
+
+    Args:
+        dataset: a `CopyMemory`.
+        shown: number of symbols at the end of a sequence.
+        count: number of sequences; all of them if there are no more.
+    """
+    total = len(dataset.evaluation)
+    chosen = dataset.evaluation.take(np.arange(min(count, total)))
+    length = chosen.inputs.shape[1]
+
+    def show(inputs: np.ndarray, labels: np.ndarray, predicted: np.ndarray) -> str:
+        rows = {"given": inputs, "asked for": labels, "answered": predicted}
+        return "\n".join(f"{name:<9} {digits(tokens)}" for name, tokens in rows.items())
+
+    return SequenceExamples(
+        chosen.inputs,
+        chosen.targets,
+        show=show,
+        first=length - shown,
+        facts={
+            "data": f"{dataset.name}, trained on {len(dataset.train):,} sequences of {length} "
+            "tokens",
+            "looked at": f"{len(chosen):,} of the {total:,} {dataset.evaluation_name} sequences; "
+            f"for accuracy and loss, the {shown} symbols at the end of each",
+        },
+    )
+
+
+def digits(tokens: np.ndarray) -> str:
+    """Numbers one after another, with spaces where one of them has two digits."""
+    return ("" if tokens.max() < 10 else " ").join(map(str, tokens))
+
+
+def thumbnail(image: np.ndarray, white: int) -> bytes:
+    """A PNG of an image `[H, W, C]`, where C is 1 or 3, of values up to `white`."""
+    shade = np.clip(image / white, 0, 1)
+    buffer = io.BytesIO()
+    imsave(buffer, shade.repeat(3, axis=2) if shade.shape[2] == 1 else shade, format="png")
+    return buffer.getvalue()

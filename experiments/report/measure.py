@@ -1,8 +1,8 @@
-"""Finds out what there is to know about the solves of a trained network."""
+"""Measures the solves of a trained network: answers, residuals, spectra and other budgets."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,32 +10,139 @@ import numpy as np
 import optax
 from flax import nnx
 
-from deq_jax import Solver
+from deq_jax import Implicit, Solver, Status, solve_adjoint, solve_fixed_point
+from deq_jax.models.conv_deq import ConvDEQ
+from deq_jax.models.sequence import EquilibriumSequenceModel
 from deq_jax.stability.spectrum import spectral_radius, spectrum
-from experiments.report.examples import Examples
-from experiments.report.results import Budgets, Solves, Spectra
-from experiments.train.objective import EquilibriumModel
+
+if TYPE_CHECKING:
+    from experiments.report.examples import Examples
 
 PyTree = Any
+EquilibriumModel = ConvDEQ | EquilibriumSequenceModel
 
 BATCH = 32
-"""Examples solved at once; also those whose spectral radius is taken."""
+"""Number of examples solved at once, and of examples whose spectral radius is estimated."""
 
 BUDGETS = (1, 2, 3, 5, 8, 12, 18, 25, 50, 100)
+"""The values of `max_iter` that the report tries."""
 
-_NEWTON_BUDGET = 25
-"""Largest budget tried of a solver with many products in each evaluation."""
+LARGEST_NEWTON_BUDGET = 25
+"""Largest budget tried of a solver that computes many products in each evaluation."""
+
+ENOUGH = 10
+"""Number of good and of bad answers that a ROC curve needs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Solves:
+    """The answers to all examples, with the solver as it was trained.
+
+    Attributes:
+        labels: `[N]`, true classes; `[N, L]` where each example has L answers.
+        predicted: predicted classes, shaped like `labels`.
+        softmax: `[N]`, the largest class probability, averaged over the L answers.
+        loss: `[N]`, cross-entropy, averaged over the L answers.
+        residual: `[N]`, relative residual; infinite where no evaluation was finite.
+        iterations: `[N]`, evaluations until the sample stopped.
+        status: `[N]`, values of `Status`.
+    """
+
+    labels: np.ndarray
+    predicted: np.ndarray
+    softmax: np.ndarray
+    loss: np.ndarray
+    residual: np.ndarray
+    iterations: np.ndarray
+    status: np.ndarray
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Boolean, shaped like `labels`."""
+        return self.predicted == self.labels
+
+    @property
+    def converged(self) -> np.ndarray:
+        """`[N]` boolean."""
+        return self.status == Status.CONVERGED
+
+    @property
+    def finite_residual(self) -> np.ndarray:
+        """The finite entries of `residual`."""
+        return self.residual[np.isfinite(self.residual)]
+
+    def hardest_first(self) -> np.ndarray:
+        """Indices `[N]`: diverged, not converged, converged; then by evaluations and residual."""
+        return np.lexsort((self.residual, self.iterations, self.status))[::-1]
+
+    def record(self) -> dict[str, float]:
+        """The figures of the forward solves, under the names that a training record gives them."""
+        finite = self.finite_residual
+        return {
+            "forward_iterations": float(self.iterations.mean()),
+            "forward_residual_mean": float(finite.mean()) if finite.size else float("nan"),
+            "forward_residual_worst": float(self.residual.max()),
+            "forward_converged": float(self.converged.mean()),
+            "forward_diverged": int((self.status == Status.DIVERGED).sum()),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectra:
+    """Eigenvalues of `∂f/∂z` at the answers to some examples.
+
+    Attributes:
+        radius: `[n]`, spectral radius; NaN where the Jacobian is not finite.
+        error: `[n]`, estimate of its error.
+        converged: `[n]` boolean, whether the error is small.
+        looked_at: the indices of three examples, under `slowest`, `median` and `fastest`.
+        values: the Ritz values of these three, complex with NaN at the end.
+        errors: the residuals of these Ritz values.
+    """
+
+    radius: np.ndarray
+    error: np.ndarray
+    converged: np.ndarray
+    looked_at: Mapping[str, int]
+    values: Mapping[str, np.ndarray]
+    errors: Mapping[str, np.ndarray]
+
+    @property
+    def known(self) -> np.ndarray:
+        """`[n]` boolean, whether the Jacobian is finite."""
+        return np.isfinite(self.radius)
+
+
+@dataclasses.dataclass(frozen=True)
+class Budgets:
+    """How well the same network does with other budgets and a tolerance of 0.
+
+    Attributes:
+        budgets: `[n]`, `max_iter`.
+        accuracy: `[n]`.
+        loss: `[n]`, the mean over all examples; NaN if one of them is.
+        converged: `[n]`, share of samples whose residual is at most the trained tolerance.
+        residual: `[n]`, mean of the finite residuals; NaN if there is none.
+        trained: `max_iter` that the run is evaluated with.
+    """
+
+    budgets: np.ndarray
+    accuracy: np.ndarray
+    loss: np.ndarray
+    converged: np.ndarray
+    residual: np.ndarray
+    trained: int
 
 
 class Network:
     """A trained network and the examples that it is looked at with.
 
     Args:
-        model: the network in evaluation mode; left as it is.
+        model: the network in evaluation mode. It is not changed.
         examples: the examples.
     """
 
-    def __init__(self, model: EquilibriumModel, examples: Examples):
+    def __init__(self, model: EquilibriumModel, examples: "Examples"):
         self.solver = model.core.solver
         self._definition, self._state = nnx.split(model)
         self._examples = examples
@@ -48,20 +155,18 @@ class Network:
     def budgets(self, budgets: Sequence[int]) -> Budgets:
         """Solves all examples with each budget, and with that of the run.
 
-        The tolerance is 0, so that each solve uses its whole budget: it shows what a closer look
-        at the equilibrium would change. All else of the solver stays.
+        The tolerance is 0, so that each solve uses its whole budget and shows what a closer look at
+        the equilibrium would change. The other settings of the solver stay as they are.
         """
         if getattr(self.solver, "linearizes", False):
-            budgets = [budget for budget in budgets if budget <= _NEWTON_BUDGET]
-        tried = sorted({*budgets, self.solver.max_iter})
+            budgets = [budget for budget in budgets if budget <= LARGEST_NEWTON_BUDGET]
         rows = []
-        for budget in tried:
+        for budget in sorted({*budgets, self.solver.max_iter}):
             solver = dataclasses.replace(self.solver, tol=0.0, atol=0.0, max_iter=budget)
             solves = self._all(self._answering(solver))
             within = solves.residual <= self.solver.tol
             mean = solves.record()["forward_residual_mean"]
-            accuracy, loss = solves.correct.mean(), solves.loss.mean()
-            rows.append((budget, accuracy, loss, within.mean(), mean))
+            rows.append((budget, solves.correct.mean(), solves.loss.mean(), within.mean(), mean))
         return Budgets(*map(np.array, zip(*rows, strict=True)), trained=self.solver.max_iter)
 
     def spectra(self, hardest_first: np.ndarray, count: int = BATCH, *, seed: int = 0) -> Spectra:
@@ -69,31 +174,29 @@ class Network:
 
         Args:
             hardest_first: from `Solves.hardest_first`.
-            count: how many, spread evenly over that order.
-            seed: of the first vectors.
+            count: number of examples, spread evenly over that order.
+            seed: seed of the start vectors.
         """
         ranks = np.linspace(0, len(hardest_first) - 1, min(count, len(hardest_first)))
         chosen = hardest_first[ranks.round().astype(int)]
         key = jax.random.key(seed)
 
-        @jax.jit
-        def radii(state: PyTree, inputs: jax.Array, z: PyTree) -> PyTree:
-            f, params, x = self._equation(state, inputs)
-            return spectral_radius(f, params, z, x, key)
+        def at_answers(estimate: Callable[..., PyTree]) -> Callable[..., PyTree]:
+            @jax.jit
+            def estimated(state: PyTree, inputs: jax.Array, z: PyTree) -> PyTree:
+                model = nnx.merge(self._definition, state, copy=True)
+                f, params, x = model.core.equation(model.injection(self._examples.prepare(inputs)))
+                return estimate(f, params, z, x, key)
 
-        @jax.jit
-        def ritz(state: PyTree, inputs: jax.Array, z: PyTree) -> PyTree:
-            f, params, x = self._equation(state, inputs)
-            return spectrum(f, params, z, x, key)
+            return lambda inputs, z: jax.device_get(estimated(self._state, inputs, z))
 
-        inputs, targets = self._taken(chosen)
+        inputs, targets = self._batch(chosen)
         z = self._answer(self._state, inputs, targets)[0]
-        found = jax.device_get(radii(self._state, inputs, z))
-        # With one example or two, these are the same.
+        found = at_answers(spectral_radius)(inputs, z)
+        # With one example or two, some of these three are the same.
         rows = {"slowest": 0, "median": len(chosen) // 2, "fastest": len(chosen) - 1}
         few = np.array(list(rows.values()))
-        inputs, z = jax.tree.map(lambda leaf: leaf[few], (inputs, z))
-        values, errors = jax.device_get(ritz(self._state, inputs, z))
+        values, errors = at_answers(spectrum)(*jax.tree.map(lambda leaf: leaf[few], (inputs, z)))
         return Spectra(
             radius=found.radius,
             error=found.error,
@@ -103,12 +206,8 @@ class Network:
             errors=dict(zip(rows, errors, strict=True)),
         )
 
-    def _equation(self, state: PyTree, inputs: jax.Array) -> tuple[Any, PyTree, PyTree]:
-        model = nnx.merge(self._definition, state, copy=True)
-        return model.core.equation(model.injection(self._examples.prepare(inputs)))
-
     def _answering(self, solver: Solver) -> Callable[[PyTree, jax.Array, jax.Array], PyTree]:
-        """A jitted function from inputs and targets to z and the fields of `Solves` but labels."""
+        """A jitted function of inputs and targets: z*, and the fields of `Solves` after labels."""
         asked = self._examples.asked
 
         @jax.jit
@@ -117,9 +216,7 @@ class Network:
             model.core.solver = solver
             injection = model.injection(self._examples.prepare(inputs))
             z, stats = model.core(injection, model.start(injection), return_stats=True)
-            # The state may have been solved for in another precision.
-            like = model.zeros(injection)
-            z = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), z, like)
+            z = _in_dtypes_of(model.zeros(injection), z)
             logits, labels = asked(model.classify(z)), asked(targets)
             softmax = jax.nn.softmax(logits).max(-1)
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -128,7 +225,7 @@ class Network:
 
         return answer
 
-    def _taken(self, rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    def _batch(self, rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
         examples = self._examples
         return jnp.asarray(examples.inputs[rows]), jnp.asarray(examples.targets[rows])
 
@@ -137,22 +234,77 @@ class Network:
         size = min(BATCH, count)
         parts = []
         for start in range(0, count, size):
-            # The last batch is filled up with repeated examples, so that one program serves all.
+            # Repeated examples fill up the last batch, so that one program serves all batches.
             rows = start + np.arange(size) % (count - start)
-            parts.append(jax.device_get(answer(self._state, *self._taken(rows))[1]))
+            parts.append(jax.device_get(answer(self._state, *self._batch(rows))[1]))
         fields = (np.concatenate(field)[:count] for field in zip(*parts, strict=True))
         return Solves(self._examples.asked(self._examples.targets), *fields)
 
 
-def backward_record(trace: np.ndarray, tol: float) -> dict[str, float]:
-    """The figures that `SolveTotals.record` gives of backward solves, from their residuals.
+def residual_traces(
+    model: EquilibriumModel, inputs: PyTree, targets: jax.Array
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Residuals at each evaluation of the forward and, where it keeps a trace, the backward solve.
+
+    The backward solve is that of the mean cross-entropy, at the equilibria of the forward solve,
+    and in the precision of the weights.
 
     Args:
-        trace: `[evaluations, B]`, NaN after a sample's stop.
+        model: the network in evaluation mode. It is not changed.
+        inputs: input of the network, `[B, ...]`.
+        targets: `[B]` int32, or `[B, L]`.
+
+    Returns:
+        Residuals `[max_iter, B]`, NaN after a sample's stop, and tolerances, each under `forward`
+        and `backward`. `backward` is missing where no solver with a trace runs backwards.
+    """
+    definition, state = nnx.split(model)
+    core = model.core
+    solver = dataclasses.replace(core.solver, trace=True)
+    adjoint_solver = None
+    if isinstance(core.gradient, Implicit):
+        chosen = core.gradient.backward_solver(core.solver)
+        if isinstance(chosen, Solver):
+            adjoint_solver = dataclasses.replace(chosen, trace=True)
+    # The precision is that of the training. The batch is in one piece here.
+    execution = dataclasses.replace(core.execution, shard_axis=None, shrink_to=None)
+
+    @jax.jit
+    def solve_both(state: PyTree, inputs: PyTree, targets: jax.Array) -> list[jax.Array]:
+        network = nnx.merge(definition, state, copy=True)
+        injection = network.injection(inputs)
+        f, params, x = network.core.equation(injection)
+        z0 = network.start(injection)
+        z, stats = solve_fixed_point(f, params, x, z0, solver=solver, execution=execution)
+        if adjoint_solver is None:
+            return [stats.trace]
+
+        def loss_of(z: PyTree) -> jax.Array:
+            logits = nnx.merge(definition, state, copy=True).classify(z)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+        z = _in_dtypes_of(network.zeros(injection), z)
+        # The gradient of the loss at the equilibrium is where a backward pass starts.
+        adjoint = solve_adjoint(f, params, x, z, jax.grad(loss_of)(z), solver=adjoint_solver)
+        return [stats.trace, adjoint.stats.trace]
+
+    found = jax.device_get(solve_both(state, inputs, targets))
+    traces = dict(zip(("forward", "backward"), found, strict=False))
+    tolerances = {"forward": solver.tol}
+    if adjoint_solver is not None:
+        tolerances["backward"] = adjoint_solver.tol
+    return traces, tolerances
+
+
+def backward_record(trace: np.ndarray, tol: float) -> dict[str, float]:
+    """The figures of backward solves, under the names that a training record gives them.
+
+    Args:
+        trace: residuals `[evaluations, B]`, NaN after a sample's stop.
         tol: tolerance of the solve.
 
     Returns:
-        The figures; none where no residual is finite, as where there was nothing to solve.
+        The figures. The dictionary is empty where no residual is finite.
     """
     lowest = np.where(np.isfinite(trace), trace, np.inf).min(0)
     finite = lowest[np.isfinite(lowest)]
@@ -163,3 +315,49 @@ def backward_record(trace: np.ndarray, tol: float) -> dict[str, float]:
         "backward_residual_worst": float(lowest.max()),
         "backward_converged": float((lowest <= tol).mean()),
     }
+
+
+class RocCurve(NamedTuple):
+    """Receiver operating characteristic of a score that should be larger for good answers.
+
+    Attributes:
+        bad: shares of the bad answers whose score is above each threshold.
+        good: shares of the good answers above the same thresholds.
+        area: AUROC, the chance that a good answer has a larger score than a bad one.
+    """
+
+    bad: np.ndarray
+    good: np.ndarray
+    area: float
+
+
+def roc_curves(solves: Solves, good: np.ndarray) -> dict[str, RocCurve]:
+    """How well softmax, residual and evaluations tell good answers from bad ones.
+
+    Args:
+        solves: the solves. A score that is NaN counts as the lowest.
+        good: `[N]` boolean, from `Examples.good`.
+
+    Returns:
+        A curve for each score; none with fewer than `ENOUGH` good or bad answers.
+    """
+    # Imported here, since a training that draws `residual_traces` does without it.
+    from sklearn.metrics import auc, roc_curve
+
+    if min(good.sum(), (~good).sum()) < ENOUGH:
+        return {}
+    curves = {}
+    for name, score in (
+        ("softmax maximum", solves.softmax),
+        ("-residual", -solves.residual),
+        ("-evaluations", -solves.iterations),
+    ):
+        ranked = np.nan_to_num(score.astype(np.float64), nan=-np.finfo(np.float64).max)
+        above_bad, above_good, _ = roc_curve(good, ranked)
+        curves[name] = RocCurve(above_bad, above_good, float(auc(above_bad, above_good)))
+    return curves
+
+
+def _in_dtypes_of(like: PyTree, z: PyTree) -> PyTree:
+    """The state z in the dtypes of another, since a solve may be in a lower precision."""
+    return jax.tree.map(lambda leaf, model: leaf.astype(model.dtype), z, like)

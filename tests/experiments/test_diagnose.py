@@ -5,19 +5,20 @@ import dataclasses
 import html.parser
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from deq_jax import Status
 from experiments import diagnose as script
 from experiments import image_classification
 from experiments.data.images import load_dataset
-from experiments.report import confidence, measure
-from experiments.report.images import ImageExamples
+from experiments.report import measure
+from experiments.report.examples import ImageExamples
 from experiments.report.page import render
 from experiments.report.trained import read_run
-from experiments.train.advice import Trouble
 from experiments.train.image_presets import parse
 from tests.experiments.conftest import TINY
 
@@ -27,16 +28,20 @@ SECTIONS = ["warnings", "residuals", "evaluations", "spectrum", "budget", "confi
 
 
 class Page(html.parser.HTMLParser):
-    """The tags, ids, images, links and text of a page; it fails on tags that do not match."""
+    """The tags, ids, images, links and text of a page; it fails on tags that do not match.
+
+    `prose` is the text with single spaces for tags and white space.
+    """
 
     VOID = ("meta", "img", "br")
 
     def __init__(self, text):
         super().__init__()
         self.open, self.ids, self.sources, self.links, self.text = [], [], [], [], ""
-        self.tags = set()
+        self.tags, self.prose = set(), ""
         self.feed(text)
         self.close()
+        self.prose = " ".join(self.prose.split())
         assert self.open == []
 
     def handle_starttag(self, tag, attributes):
@@ -56,6 +61,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+        self.prose += f" {data}"
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +96,10 @@ def test_report_of_a_run(trained, tmp_path, capsys, monkeypatch):
     assert page.ids == SECTIONS
     assert page.links == [f"#{name}" for name in SECTIONS]
     assert f"Diagnosis of {run}" in page.text
-    assert "40 of the 200 validation images, a stratified subset" in page.text
-    assert "2 of 2" in page.text
-    assert "Anderson(history=5" in page.text
+    assert "40 of the 200 validation images, a stratified subset" in page.prose
+    assert "epochs trained 2 of 2" in page.prose
+    assert "Anderson(history=5" in page.prose
+    assert "for 40 of the images" in page.prose
     assert not page.tags & {"b", "script", "link", "iframe"}
     embedded = [base64.b64decode(source.split("base64,")[1]) for source in page.sources]
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
@@ -114,24 +121,41 @@ def test_report_of_a_run(trained, tmp_path, capsys, monkeypatch):
     )
     np.testing.assert_array_equal(np.bincount(report.examples.targets), [4] * 10)
     # The weights are those that the training evaluated at its end.
-    solves = measure.Network(restored.model(), ImageExamples(evaluation, 16)).solves()
+    examples = ImageExamples(evaluation.images, evaluation.labels, white=16)
+    solves = measure.Network(restored.model(), examples).solves()
     result = json.loads((trained / "result.json").read_text())
     assert solves.correct.mean() == pytest.approx(result["validation_accuracy"])
     for name, value in solves.record().items():
         assert value == pytest.approx(result[f"validation_{name}"], rel=1e-3)
     assert list(report.budgets.budgets) == [2, 6, 12]
 
-    troubles = [Trouble("<script>", "1 < 2 & 3", ("raise --max-iter <n>",))]
+    finding = types.SimpleNamespace(
+        title="<script>", evidence="1 < 2 & 3", advice=["raise --max-iter <n>"]
+    )
     named = dataclasses.replace(report.examples, classes=["<i>"] * 10)
-    page = Page(render(dataclasses.replace(report, troubles=troubles, examples=named)))
-    for text in ("<script>", "1 < 2 & 3", "--max-iter <n>", "true <i>"):
-        assert text in page.text.replace("\n", "")
+    page = Page(render(dataclasses.replace(report, findings=[finding], examples=named)))
+    for text in ("<script>", "1 < 2 & 3", "raise --max-iter <n>", "true <i>"):
+        assert text in page.prose
+    assert "code" in page.tags
     assert not page.tags & {"script", "i"}
-    page = Page(render(dataclasses.replace(report, troubles=[])))
-    assert "Nothing to worry about." in page.text
-    judged = confidence.Confidence(np.arange(40) < 31, {}, {})
-    page = Page(render(dataclasses.replace(report, confidence=judged)))
-    assert "31 of 40 answers are right, 9 wrong. That is not enough mistakes" in page.text
+    page = Page(render(dataclasses.replace(report, findings=[])))
+    assert "Nothing to worry about." in page.prose
+    for right, missing in ((31, "mistakes"), (9, "right answers")):
+        few = dataclasses.replace(report, good=np.arange(40) < right, curves={})
+        tally = f"{right} of 40 answers are right, {40 - right} wrong."
+        assert f"{tally} That is not enough {missing} to tell" in Page(render(few)).prose
+    broken = dataclasses.replace(
+        report.solves,
+        residual=np.full(40, np.inf),
+        status=np.full(40, Status.DIVERGED),
+        iterations=np.arange(40),
+    )
+    flat = dataclasses.replace(report.spectra, radius=np.full(32, np.nan))
+    page = Page(render(dataclasses.replace(report, solves=broken, spectra=flat)))
+    assert "0.0% of 40 images converge, in a mean of 19.5 evaluations" in page.prose
+    assert "(median 19.5, from 0 to 39). Images that never had a finite residual: 40." in page.prose
+    assert "Jacobians that are not finite: 32. Estimates that did not converge: 0." in page.prose
+    assert page.prose.count("residual inf diverged") == 24
 
 
 def settings(folder, **changes):

@@ -12,7 +12,8 @@ from deq_jax import Broyden
 from deq_jax.cells.trellis import TrellisState
 from deq_jax.models.deq_trellis import DEQTrellisNet
 from experiments import diagnose as script
-from experiments.report import measure, results, sequences
+from experiments.report import examples as chosen
+from experiments.report import measure
 from experiments.report.page import render
 from experiments.report.trained import read_run
 from tests.experiments.runs import untrained
@@ -63,7 +64,7 @@ def test_report_of_a_language_run(language_run, tmp_path, capsys, monkeypatch):
     assert share == pytest.approx(right.mean(), abs=0.02)
     np.testing.assert_allclose(report.solves.iterations, stats.iterations, atol=1)
     found = report.solves.loss
-    np.testing.assert_array_equal(report.confidence.good, found <= np.sort(found)[11:13].mean())
+    np.testing.assert_array_equal(report.good, found <= np.sort(found)[11:13].mean())
     # The tolerance is so tight that more evaluations than it asks for change nothing.
     assert list(report.budgets.budgets) == [2, 30]
     assert report.budgets.accuracy[1] == pytest.approx(share, abs=0.02)
@@ -72,12 +73,14 @@ def test_report_of_a_language_run(language_run, tmp_path, capsys, monkeypatch):
 
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
     assert page.ids == SECTIONS
-    assert f"24 of the {total} windows of 8 characters in the validation text" in page.text
-    assert f"Right tokens {share:.1%}, loss {found.mean():.4f} nats a token." in page.text
-    assert "these are the eigenvalues of single positions" in page.text
-    assert "Flags are those of experiments.language_model" in page.text or not report.troubles
-    assert "12 of 24 sequences have a low loss, 12 a high one." in page.text
-    assert "AUROC" in page.text
+    assert f"24 of the {total} windows of 8 characters in the validation text" in page.prose
+    assert f"Right tokens {share:.1%}, loss {found.mean():.4f} nats a token." in page.prose
+    assert "these are the eigenvalues of single positions" in page.prose
+    script_named = "The flags are those of experiments.language_model" in page.prose
+    assert script_named == bool(report.findings)
+    assert "12 of 24 sequences have a low loss, 12 a high one." in page.prose
+    for name, curve in report.curves.items():
+        assert f"{name} {curve.area:.3f}" in page.prose
     assert "images" not in page.text
     # The text is there as it is: its tags are no tags of the page.
     slowest = report.solves.hardest_first()[0]
@@ -95,7 +98,7 @@ def test_a_text_shorter_than_a_window(language_run):
     experiment = read_run(language_run).experiment
     tokens = experiment.dataset.evaluation[:6]
     dataset = dataclasses.replace(experiment.dataset, evaluation=tokens)
-    examples = sequences.choose_text(dataclasses.replace(experiment, dataset=dataset), 10)
+    examples = chosen.choose_windows(dataset, 8, 10)
     np.testing.assert_array_equal(examples.inputs, [tokens[:5]])
     np.testing.assert_array_equal(examples.targets, [tokens[1:]])
 
@@ -103,7 +106,7 @@ def test_a_text_shorter_than_a_window(language_run):
 def test_copies_are_judged_by_the_symbols_asked_for(tmp_path):
     experiment = untrained(tmp_path, "copy_memory", *COPY, "--heads=2", "--max-iter=8")
     model = read_run(tmp_path).model()
-    examples = sequences.choose_copies(experiment, 5)
+    examples = chosen.choose_copies(experiment.dataset, 2, 5)
     solves = measure.Network(model, examples).solves()
     evaluation = experiment.dataset.evaluation
     right, losses = judged(model(jnp.asarray(evaluation.inputs[:5]))[:, -2:], solves.labels)
@@ -113,21 +116,21 @@ def test_copies_are_judged_by_the_symbols_asked_for(tmp_path):
     one, other = map(str, evaluation.inputs[3, :2])
     guess = "".join(map(str, solves.predicted[3]))
     shown = f"given     {one}{other}00400\nasked for {one}{other}\nanswered  {guess}"
-    page = Page(examples.gallery(solves, np.array([3])))
-    assert shown in page.text
-    assert f"sequence 3right {right[3].mean():.0%}, loss {losses[3]:.3f}" in page.text
-    assert sequences._digits(np.array([3, 10])) == "3 10"
+    card = examples.card(solves, 3)
+    score = f"right {right[3].mean():.0%}, loss {losses[3]:.3f}"
+    assert card == ("sequence 3", ((score, ""),), None, shown)
+    assert chosen.digits(np.array([3, 10])) == "3 10"
 
 
 def test_low_loss_is_not_that_of_a_diverged_solve():
     fields = {"softmax": np.ones(4), "residual": np.ones(4), "iterations": np.ones(4)}
-    examples = sequences.SequenceExamples(np.ones((4, 2)), np.ones((4, 2)), lambda *parts: "")
+    examples = chosen.SequenceExamples(np.ones((4, 2)), np.ones((4, 2)), lambda *parts: "")
     for loss, good in (
         ([1.0, 2.0, 3.0, np.nan], [True, True, False, False]),
         ([np.nan, np.nan, 1.0, np.inf], [False, False, True, False]),
     ):
         ones = np.ones((4, 2))
-        solves = results.Solves(
+        solves = measure.Solves(
             labels=ones, predicted=ones, loss=np.array(loss), status=np.ones(4), **fields
         )
         np.testing.assert_array_equal(examples.good(solves), good)
@@ -141,7 +144,7 @@ def test_spectra_of_a_state_of_two_arrays():
     model.eval()
     tokens = np.random.default_rng(0).integers(0, 5, (3, 5))
     inputs, targets = tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32)
-    examples = sequences.SequenceExamples(inputs, targets, lambda *parts: "")
+    examples = chosen.SequenceExamples(inputs, targets, lambda *parts: "")
     network = measure.Network(model, examples)
     assert network.solves().converged.all()
     spectra = network.spectra(np.array([2, 0, 1]))

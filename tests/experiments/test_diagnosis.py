@@ -9,12 +9,11 @@ import pytest
 
 from deq_jax import Anderson, Status
 from experiments.data.images import load_dataset
-from experiments.report import confidence, figures, images, measure, results
+from experiments.report import figures, measure
+from experiments.report.examples import ImageExamples
 from experiments.train.image_experiment import build_model
 from experiments.train.image_presets import parse
 from tests.experiments.conftest import TINY
-
-PNG = b"\x89PNG"
 
 
 def network(count, scale=1.0, **changes):
@@ -25,27 +24,15 @@ def network(count, scale=1.0, **changes):
     model.eval()
     for convolution in (model.core.cell.conv1, model.core.cell.conv2):
         convolution.kernel[...] = scale * convolution.kernel[...]
-    examples = images.ImageExamples(dataset.evaluation.take(np.arange(count)), 16)
+    few = dataset.evaluation.take(np.arange(count))
+    examples = ImageExamples(few.images, few.labels, white=16)
     return model, examples, jnp.asarray(np.float32(examples.inputs) / np.float32(16))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_auroc_is_the_share_of_pairs_in_order(seed):
-    rng = np.random.default_rng(seed)
-    scores = rng.integers(0, 6, 30).astype(float)
-    scores[:3] = -np.inf, np.inf, np.nan
-    positive = rng.random(30) < 0.6
-    compared = np.where(np.isnan(scores), -np.inf, scores)
-    above = compared[positive][:, None]
-    below = compared[~positive][None, :]
-    expected = ((above > below) + 0.5 * (above == below)).mean()
-    assert confidence.auroc(scores, positive) == pytest.approx(expected, abs=1e-12)
 
 
 def solves_of(correct, residual=None):
     count = len(correct)
     residual = np.linspace(0.001, 0.1, count) if residual is None else np.asarray(residual)
-    return results.Solves(
+    return measure.Solves(
         labels=np.ones(count, int),
         predicted=np.asarray(correct, int),
         softmax=np.linspace(1.0, 0.5, count),
@@ -56,21 +43,39 @@ def solves_of(correct, residual=None):
     )
 
 
-def judged(solves):
-    return confidence.confidence(solves, solves.correct)
+@pytest.mark.parametrize("seed", range(5))
+def test_area_is_the_share_of_pairs_in_order(seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 6, 30).astype(float)
+    scores[:3] = -np.inf, np.inf, np.nan
+    good = rng.permutation(np.arange(30) < 18)
+    compared = np.where(np.isnan(scores), -np.inf, scores)
+    above, below = compared[good][:, None], compared[~good][None, :]
+    expected = ((above > below) + 0.5 * (above == below)).mean()
+    curve = measure.roc_curves(solves_of(good, -scores), good)["-residual"]
+    assert curve.area == pytest.approx(expected, abs=1e-12)
+    # Each point of the curve is that of a threshold between two scores.
+    points = {(0.0, 0.0)}
+    points |= {((below >= one).mean(), (above >= one).mean()) for one in compared}
+    assert set(zip(curve.bad, curve.good, strict=True)) <= points
 
 
-def test_confidence_needs_enough_of_both_kinds():
+def test_roc_curves_need_enough_of_both_kinds():
+    def areas(*correct):
+        solves = solves_of(np.concatenate(correct))
+        return {name: one.area for name, one in measure.roc_curves(solves, solves.correct).items()}
+
     # The residuals ascend, so that all right answers have a lower one than all wrong ones.
-    found = judged(solves_of([True] * 30 + [False] * 10))
-    assert found.auroc == {"softmax maximum": 1.0, "-residual": 1.0, "-evaluations": 1.0}
-    assert judged(solves_of([False] * 10 + [True] * 30)).auroc["-residual"] == 0.0
-    assert judged(solves_of([True] * 30 + [False] * 9)).auroc == {}
-    assert judged(solves_of([False] * 30 + [True] * 9)).auroc == {}
+    yes, no = np.ones(30, bool), np.zeros(30, bool)
+    best = {"softmax maximum": 1.0, "-residual": 1.0, "-evaluations": 1.0}
+    assert areas(yes, no[:10]) == best
+    assert areas(no[:10], yes)["-residual"] == 0.0
+    assert areas(yes, no[:9]) == {}
+    assert areas(no, yes[:9]) == {}
 
 
 def test_order_of_the_images():
-    solves = results.Solves(
+    solves = measure.Solves(
         labels=np.zeros(5, int),
         predicted=np.zeros(5, int),
         softmax=np.ones(5),
@@ -185,26 +190,77 @@ def test_a_network_that_is_not_finite():
     budgets = looked_at.budgets((2,))
     assert np.isnan(spectra.radius).all()
     assert np.isnan(budgets.residual).all()
+
+    # The figures say that there is nothing to draw.
+    words = examples.words
     traces = {"forward": np.full((6, 3), np.nan)}
-    drawn = {
-        **figures.residuals(traces, {"forward": 0.1}, images.WORDS),
-        **figures.evaluations(solves, 6),
-        **figures.spectra(spectra, images.WORDS),
-        **figures.budgets(budgets, 0.1, images.WORDS),
-        **figures.confidence(solves, judged(solves), images.WORDS),
-    }
-    assert all(png.startswith(PNG) for png in drawn.values())
+    (axes,) = figures.residual_figures(traces, {"forward": 0.1}, "images")["residuals_forward"].axes
+    assert axes.get_title() == "forward solve, 0 images, not 3"
+    assert [list(line.get_ydata()) for line in axes.lines] == [[0.1, 0.1]]  # the tolerance
+    drawn = figures.spectrum_figures(spectra, "image")
+    assert list(drawn)[:2] == ["radius", "radius_errors"]
+    (axes,) = drawn["radius"].axes
+    assert axes.get_title() == "spectral radius, 0 samples"
+    assert not axes.patches
+    (axes,) = figures.budget_figures(budgets, 0.1, words)["budget_residual"].axes
+    assert axes.get_yscale() == "linear"
+    drawn = figures.confidence_figures(solves, examples.good(solves), {}, words)
+    assert list(drawn) == ["confidence_residual"]
+    assert not drawn["confidence_residual"].axes[0].patches
 
 
-def test_figures_with_gaps():
-    history = [
-        {"epoch": 1, "forward_converged": 0.5, "forward_residual_mean": None},
-        {"epoch": 2, "forward_converged": np.nan, "forward_residual_mean": 0.0},
-    ]
-    assert figures.epochs([]) == {}
-    assert figures.epochs([{"epoch": 1, "forward_converged": np.nan}]) == {}
-    assert list(figures.epochs(history)) == ["epochs_converged", "epochs_residual"]
-    residual = np.append(np.linspace(0, 0.1, 29), np.inf)
-    solves = solves_of([True] * 15 + [False] * 15, residual)
-    drawn = figures.confidence(solves, judged(solves), images.WORDS)
+def test_figures_show_the_numbers():
+    residual = np.append(np.geomspace(1e-3, 0.1, 29), np.inf)
+    solves = solves_of([True] * 18 + [False] * 12, residual)
+    (axes,) = figures.evaluation_figures(solves, 40)["evaluations"].axes
+    assert [bar.get_height() for bar in axes.patches] == [1] * 30
+    words = ImageExamples.words
+    curves = measure.roc_curves(solves, solves.correct)
+    drawn = figures.confidence_figures(solves, solves.correct, curves, words)
     assert list(drawn) == ["confidence_residual", "confidence_roc"]
+    (axes,) = drawn["confidence_residual"].axes
+    labels = axes.get_legend_handles_labels()[1]
+    assert labels == ["correct, 18 images", "wrong, 11 images"]  # one has no finite residual
+    for bars in axes.containers:
+        assert sum(bar.get_height() for bar in bars) == pytest.approx(1)
+    (axes,) = drawn["confidence_roc"].axes
+    *drawn_curves, diagonal = axes.lines
+    assert list(diagonal.get_xdata()) == [0, 1]
+    for line, (name, curve) in zip(drawn_curves, curves.items(), strict=True):
+        np.testing.assert_array_equal(line.get_xydata().T, [curve.bad, curve.good])
+        assert line.get_label() == f"{name}: {curve.area:.2f}"
+
+    tried = np.array([1, 2, 3])
+    budgets = measure.Budgets(tried, tried / 4, tried + 1.0, tried / 5, 0.1**tried, trained=2)
+    drawn = figures.budget_figures(budgets, 0.01, words._replace(loss="nats"))
+    shown = {
+        line.get_label(): list(line.get_ydata())
+        for figure in drawn.values()
+        for line in figure.axes[0].lines
+    }
+    for label, values in (
+        ("accuracy", budgets.accuracy),
+        ("converged", budgets.converged),
+        ("mean residual", budgets.residual),
+        ("loss", budgets.loss),
+        ("tolerance", [0.01, 0.01]),
+    ):
+        assert shown[label] == list(values)
+
+    spectra = measure.Spectra(
+        radius=np.array([0.9, np.nan, 0.5]),
+        error=np.array([0.1, np.nan, np.inf]),
+        converged=np.array([True, False, False]),
+        looked_at={"slowest": 0},
+        values={"slowest": np.array([0.5 + 0.5j, np.nan])},
+        errors={"slowest": np.array([0.0, np.nan])},
+    )
+    drawn = figures.spectrum_figures(spectra, "image")
+    assert list(drawn) == ["radius", "radius_errors", "spectrum_slowest"]
+    assert sum(bar.get_height() for bar in drawn["radius"].axes[0].patches) == 2
+    # In ascending order, so that the inaccurate one comes first.
+    points = {
+        bars.get_label(): bars[0].get_xydata() for bars in drawn["radius_errors"].axes[0].containers
+    }
+    np.testing.assert_array_equal(points["accurate"], [[2, 0.9]])
+    np.testing.assert_array_equal(points["not accurate"], [[1, 0.5]])
