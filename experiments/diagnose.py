@@ -55,8 +55,7 @@ def diagnose(arguments: Arguments) -> pathlib.Path:
         raise UsageError(f"--examples must be at least 1, got {arguments.examples}")
     run = _timed("read the run", lambda: read_run(arguments.run, arguments.data_dir, subject.unfit))
     looked_at = subject.subject_of(run, arguments.examples)
-    model, examples, tol = looked_at.model, looked_at.examples, looked_at.tol
-    words = examples.words
+    model, examples, words = looked_at.model, looked_at.examples, looked_at.examples.words
     network = measure.Network(model, examples)
 
     solves = _timed(f"solved {len(examples)} {words.many}", network.solves)
@@ -75,7 +74,7 @@ def diagnose(arguments: Arguments) -> pathlib.Path:
             **figures.residual_figures(traces, tolerances, words.many),
             **figures.evaluation_figures(solves, network.solver.max_iter),
             **figures.spectrum_figures(spectra, words.one),
-            **figures.budget_figures(budgets, tol, words),
+            **figures.budget_figures(budgets, looked_at.tol, words),
             **figures.confidence_figures(solves, good, curves, words),
             **figures.epoch_figures(looked_at.history),
         }
@@ -83,14 +82,10 @@ def diagnose(arguments: Arguments) -> pathlib.Path:
 
     report = Report(
         title=f"Diagnosis of {arguments.run}",
-        script=looked_at.script,
-        facts=looked_at.facts,
+        subject=looked_at,
         findings=subject.findings(run, solves, traces, spectra, budgets),
-        examples=examples,
-        tol=tol,
         solves=solves,
-        traced=len(inputs),
-        no_backward="" if "backward" in traces else looked_at.no_backward,
+        traces=traces,
         spectra=spectra,
         budgets=budgets,
         good=good,

@@ -41,22 +41,6 @@ class Words(NamedTuple):
     loss: str = ""
 
 
-class Card(NamedTuple):
-    """An example as the gallery shows it.
-
-    Attributes:
-        name: its heading.
-        lines: lines of text, each with its CSS class.
-        picture: a PNG; None for a text.
-        text: the text in place of a picture.
-    """
-
-    name: str
-    lines: Sequence[tuple[str, str]]
-    picture: bytes | None = None
-    text: str = ""
-
-
 @dataclasses.dataclass(frozen=True)
 class Examples(ABC):
     """Some of the examples that a run is evaluated on.
@@ -90,10 +74,6 @@ class Examples(ABC):
     def good(self, solves: Solves) -> np.ndarray:
         """`[N]` boolean: which examples went well, for comparing that with the residual."""
 
-    @abstractmethod
-    def card(self, solves: Solves, index: int) -> Card:
-        """What the gallery shows of one example."""
-
     def name(self, index: int) -> str:
         """The name of one example."""
         return f"{self.words.one} {index if self.numbers is None else self.numbers[index]}"
@@ -121,14 +101,16 @@ class ImageExamples(Examples):
         """Whether the answer is right."""
         return solves.correct
 
-    def card(self, solves: Solves, index: int) -> Card:
-        """A thumbnail with the true and the predicted class."""
-        true, guess = solves.labels[index], solves.predicted[index]
-        if self.classes is not None:
-            true, guess = self.classes[true], self.classes[guess]
-        mark = "right" if solves.correct[index] else "wrong"
-        lines = ((f"true {true}", ""), (f"predicted {guess}", mark))
-        return Card(self.name(index), lines, picture=thumbnail(self.inputs[index], self.white))
+    def class_name(self, number: int) -> Any:
+        """The name of a class."""
+        return number if self.classes is None else self.classes[number]
+
+    def thumbnail(self, index: int) -> bytes:
+        """A PNG of an image with 1 or 3 channels."""
+        shade = np.clip(self.inputs[index] / self.white, 0, 1)
+        buffer = io.BytesIO()
+        imsave(buffer, shade.repeat(3, axis=2) if shade.shape[2] == 1 else shade, format="png")
+        return buffer.getvalue()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,12 +135,6 @@ class SequenceExamples(Examples):
         """Whether the mean loss is finite and at most the median."""
         loss = np.where(np.isfinite(solves.loss), solves.loss, np.inf)
         return (loss <= np.median(loss)) & np.isfinite(loss)
-
-    def card(self, solves: Solves, index: int) -> Card:
-        """The text with the share of right tokens and the loss."""
-        text = self.show(self.inputs[index], solves.labels[index], solves.predicted[index])
-        score = f"right {solves.correct[index].mean():.0%}, loss {solves.loss[index]:.3f}"
-        return Card(self.name(index), ((score, ""),), text=text)
 
 
 def choose_images(dataset: Any, count: int) -> ImageExamples:
@@ -257,11 +233,3 @@ def choose_copies(dataset: Any, shown: int, count: int) -> SequenceExamples:
 def digits(tokens: np.ndarray) -> str:
     """Numbers one after another, with spaces where one of them has two digits."""
     return ("" if tokens.max() < 10 else " ").join(map(str, tokens))
-
-
-def thumbnail(image: np.ndarray, white: int) -> bytes:
-    """A PNG of an image `[H, W, C]`, where C is 1 or 3, of values up to `white`."""
-    shade = np.clip(image / white, 0, 1)
-    buffer = io.BytesIO()
-    imsave(buffer, shade.repeat(3, axis=2) if shade.shape[2] == 1 else shade, format="png")
-    return buffer.getvalue()

@@ -12,8 +12,8 @@ import markupsafe
 import numpy as np
 
 from deq_jax import Status
-from experiments.report.examples import Examples
 from experiments.report.measure import ENOUGH, Budgets, RocCurve, Solves, Spectra
+from experiments.report.subject import Subject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,31 +22,23 @@ class Report:
 
     Attributes:
         title: heading of the page.
-        script: name of the script that trained the network.
-        facts: what was looked at, by name.
+        subject: the network, its run and its examples.
         findings: what is wrong; each has a `title`, `evidence`, and a sequence `advice`.
-        examples: the examples.
-        tol: tolerance of the forward solve.
         solves: the answers to the examples.
-        traced: number of examples whose residuals are drawn.
-        no_backward: why there is no backward residual; empty where there is one.
+        traces: from `residual_traces`.
         spectra: eigenvalues of the cell's Jacobian.
         budgets: what other budgets of the solver come to.
         good: `[N]` boolean, from `Examples.good`.
         curves: from `roc_curves`.
-        figures: PNG files by their names without `.png`. A section shows those whose names begin
-            as it asks.
+        figures: PNG files by their names without `.png`. Each section shows the figures whose
+            names begin with a certain word.
     """
 
     title: str
-    script: str
-    facts: Mapping[str, str]
+    subject: Subject
     findings: Sequence[Any]
-    examples: Examples
-    tol: float
     solves: Solves
-    traced: int
-    no_backward: str
+    traces: Mapping[str, np.ndarray]
     spectra: Spectra
     budgets: Budgets
     good: np.ndarray

@@ -117,9 +117,9 @@ def test_report_of_a_run(trained, tmp_path, capsys, monkeypatch):
     restored = read_run(run)
     evaluation = restored.experiment.dataset.evaluation
     np.testing.assert_array_equal(
-        evaluation.labels[report.examples.numbers], report.examples.targets
+        evaluation.labels[report.subject.examples.numbers], report.subject.examples.targets
     )
-    np.testing.assert_array_equal(np.bincount(report.examples.targets), [4] * 10)
+    np.testing.assert_array_equal(np.bincount(report.subject.examples.targets), [4] * 10)
     # The weights are those that the training evaluated at its end.
     examples = ImageExamples(evaluation.images, evaluation.labels, white=16)
     solves = measure.Network(restored.model(), examples).solves()
@@ -132,9 +132,12 @@ def test_report_of_a_run(trained, tmp_path, capsys, monkeypatch):
     finding = types.SimpleNamespace(
         title="<script>", evidence="1 < 2 & 3", advice=["raise --max-iter <n>"]
     )
-    named = dataclasses.replace(report.examples, classes=["<i>"] * 10)
-    page = Page(render(dataclasses.replace(report, findings=[finding], examples=named)))
-    for text in ("<script>", "1 < 2 & 3", "raise --max-iter <n>", "true <i>"):
+    named = dataclasses.replace(report.subject.examples, classes=["<i>"] * 10)
+    subject = dataclasses.replace(report.subject, examples=named, no_backward="--gradient <none>")
+    traces = {"forward": report.traces["forward"]}
+    changed = {"findings": [finding], "subject": subject, "traces": traces}
+    page = Page(render(dataclasses.replace(report, **changed)))
+    for text in ("<script>", "1 < 2 & 3", "raise --max-iter <n>", "true <i>", "--gradient <none>"):
         assert text in page.prose
     assert "code" in page.tags
     assert not page.tags & {"script", "i"}

@@ -42,7 +42,7 @@ def test_report_of_a_language_run(language_run, tmp_path, capsys, monkeypatch):
     run = read_run(language_run)
     tokens, vocabulary = run.experiment.dataset.evaluation, run.experiment.dataset.vocabulary
     total = (len(tokens) - 1) // 8
-    numbers = report.examples.numbers
+    numbers = report.subject.examples.numbers
     assert total > 24
     assert numbers[0] == 0
     assert numbers[-1] == total - 1
@@ -85,6 +85,8 @@ def test_report_of_a_language_run(language_run, tmp_path, capsys, monkeypatch):
     # The text is there as it is: its tags are no tags of the page.
     slowest = report.solves.hardest_first()[0]
     assert vocabulary.decode(inputs[slowest]) in page.text
+    score = f"right {report.solves.correct[slowest].mean():.0%}, loss {found[slowest]:.3f}"
+    assert f"sequence {numbers[slowest]} {score}" in page.prose
     assert "<b>" in page.text
     assert not page.tags & {"b", "script", "link"}
     beside = {file.stem: file.read_bytes() for file in tmp_path.glob("*.png")}
@@ -116,9 +118,7 @@ def test_copies_are_judged_by_the_symbols_asked_for(tmp_path):
     one, other = map(str, evaluation.inputs[3, :2])
     guess = "".join(map(str, solves.predicted[3]))
     shown = f"given     {one}{other}00400\nasked for {one}{other}\nanswered  {guess}"
-    card = examples.card(solves, 3)
-    score = f"right {right[3].mean():.0%}, loss {losses[3]:.3f}"
-    assert card == ("sequence 3", ((score, ""),), None, shown)
+    assert examples.show(examples.inputs[3], solves.labels[3], solves.predicted[3]) == shown
     assert chosen.digits(np.array([3, 10])) == "3 10"
 
 
