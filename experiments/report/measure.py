@@ -270,7 +270,7 @@ def residual_traces(
     execution = dataclasses.replace(core.execution, shard_axis=None, shrink_to=None)
 
     @jax.jit
-    def solve_both(state: PyTree, inputs: PyTree, targets: jax.Array) -> list[jax.Array]:
+    def solve_both(state: PyTree, inputs: PyTree, targets: jax.Array) -> list[PyTree]:
         network = nnx.merge(definition, state, copy=True)
         injection = network.injection(inputs)
         f, params, x = network.core.equation(injection)
@@ -289,10 +289,9 @@ def residual_traces(
         return [stats.trace, adjoint.stats.trace]
 
     found = jax.device_get(solve_both(state, inputs, targets))
-    traces = dict(zip(("forward", "backward"), found, strict=False))
-    tolerances = {"forward": solver.tol}
+    traces, tolerances = {"forward": found[0]}, {"forward": solver.tol}
     if adjoint_solver is not None:
-        tolerances["backward"] = adjoint_solver.tol
+        traces["backward"], tolerances["backward"] = found[1], adjoint_solver.tol
     return traces, tolerances
 
 

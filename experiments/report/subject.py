@@ -128,5 +128,5 @@ def findings(
     found += advice.of_spectrum(
         spectra.radius, spectra.error, spectra.converged, solver=config.solver
     )
-    tried = (budgets.budgets, budgets.accuracy, budgets.trained, solves.labels.size)
-    return found + advice.of_budget(*tried)
+    tried, accuracy = budgets.budgets.tolist(), budgets.accuracy.tolist()
+    return found + advice.of_budget(tried, accuracy, budgets.trained, solves.labels.size)
