@@ -19,7 +19,8 @@ import tyro
 from experiments.report import figures, measure, subject
 from experiments.report.page import Report, render
 from experiments.report.trained import read_run
-from experiments.train.errors import ExperimentError, UsageError
+from experiments.train.errors import UsageError
+from experiments.train.reporter import exit_code
 from experiments.train.runs import write_atomically
 
 _TRACED = 64
@@ -98,9 +99,7 @@ def diagnose(arguments: Arguments) -> pathlib.Path:
         (output / f"{name}.png").write_bytes(png)
     write_atomically(output / "index.html", render(report))
     for finding in report.findings:
-        print(f"warning: {finding.title}\n    {finding.evidence}")
-        for advice in finding.advice:
-            print(f"    try: {advice}")
+        print(finding)
     if not report.findings:
         print("nothing to worry about")
     return output / "index.html"
@@ -124,14 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: with code 2, after a message, if the command line is bad.
     """
     parsed = tyro.cli(Arguments, prog="python -m experiments.diagnose", args=arguments)
-    try:
+    with exit_code() as code:
         print(f"wrote {diagnose(parsed)}")
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return code[0]
 
 
 if __name__ == "__main__":

@@ -235,10 +235,13 @@ class ImageDataset:
         present = np.minimum(batch_size, total - starts)
         return _batches(self._evaluation, starts + rows % present, rows < present)
 
-    def first_evaluation_examples(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first `count` images and labels to report on, or all if there are fewer."""
-        plan = np.arange(min(count, self.evaluation_size))[np.newaxis]
-        return next(self._evaluation.examples(plan))
+    def evaluation_labels(self) -> np.ndarray:
+        """The labels of the images to report on, `[N]` int32."""
+        return self._evaluation.labels
+
+    def evaluation_examples(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The images and labels at some positions of the images to report on."""
+        return next(self._evaluation.examples(positions[np.newaxis]))
 
 
 def _batches(part: Any, plan: np.ndarray, counts: np.ndarray) -> Iterator[Batch]:

@@ -20,6 +20,11 @@ class OnDemand:
     split: str
     positions: np.ndarray
 
+    @property
+    def labels(self) -> np.ndarray:
+        """The labels of these examples, `[N]` int32."""
+        return self.source.labels(self.split)[self.positions]
+
     def __len__(self) -> int:
         return len(self.positions)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.image import imsave
 
-from experiments.data.splits import fixed_split
+from experiments.data.images import ImageDataset, fixed_split
 from experiments.report.measure import Solves
 
 AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
@@ -137,30 +137,30 @@ class SequenceExamples(Examples):
         return (loss <= np.median(loss)) & np.isfinite(loss)
 
 
-def choose_images(dataset: Any, count: int) -> ImageExamples:
+def choose_images(dataset: ImageDataset, count: int) -> ImageExamples:
     """A stratified subset of the images that a run is evaluated on, the same one for each run.
 
     Args:
-        dataset: an `ImageDataset`.
+        dataset: the images.
         count: number of images; all of them if there are no more.
     """
-    labels, total = dataset.evaluation.labels, len(dataset.evaluation)
-    numbers = np.arange(total) if count >= total else fixed_split(labels, count)[0]
+    total = dataset.evaluation_size
+    numbers = np.arange(total)
+    if count < total:
+        numbers = fixed_split(dataset.evaluation_labels(), count)[0]
     split = dataset.evaluation_name
     part = f"{len(numbers):,} of the {total:,} {split} images"
     if len(numbers) < total:
         part += ", a stratified subset"
     if split == "validation":
-        part += " (--validation-fraction: the test set is not looked at)"
-    chosen = dataset.evaluation.take(numbers)
+        part += " (--data.validation: the test set is not looked at)"
     return ImageExamples(
-        chosen.images,
-        chosen.labels,
+        *dataset.evaluation_examples(numbers),
         white=dataset.white,
         numbers=numbers,
         classes=_CLASSES.get(dataset.name),
         facts={
-            "data": f"{dataset.name}, trained on {len(dataset.train):,} images",
+            "data": f"{dataset.name}, trained on {dataset.train_size:,} images",
             "looked at": part,
         },
     )
@@ -204,26 +204,25 @@ def choose_copies(dataset: Any, shown: int, count: int) -> SequenceExamples:
     zeros, which a network soon learns and which would hide the symbols.
 
     Args:
-        dataset: a `CopyMemory`.
+        dataset: a `CopyTask`.
         shown: number of symbols at the end of a sequence.
         count: number of sequences; all of them if there are no more.
     """
-    total = len(dataset.evaluation)
-    chosen = dataset.evaluation.take(np.arange(min(count, total)))
-    length = chosen.inputs.shape[1]
+    total = len(dataset.test)
+    chosen = dataset.test[:count]
+    length = chosen.shape[1]
 
     def show(inputs: np.ndarray, labels: np.ndarray, predicted: np.ndarray) -> str:
         rows = {"given": inputs, "asked for": labels, "answered": predicted}
         return "\n".join(f"{name:<9} {digits(tokens)}" for name, tokens in rows.items())
 
     return SequenceExamples(
-        chosen.inputs,
-        chosen.targets,
+        chosen,
+        dataset.targets(chosen),
         show=show,
         first=length - shown,
         facts={
-            "data": f"{dataset.name}, trained on {len(dataset.train):,} sequences of {length} "
-            "tokens",
+            "data": f"copy memory, trained on {len(dataset.train):,} sequences of {length} tokens",
             "looked at": f"{len(chosen):,} of the {total:,} {dataset.evaluation_name} sequences; "
             f"for accuracy and loss, the {shown} symbols at the end of each",
         },

@@ -13,6 +13,7 @@ from flax import nnx
 from deq_jax import Implicit, Solver, Status, solve_adjoint, solve_fixed_point
 from deq_jax.models.conv_deq import ConvDEQ
 from deq_jax.models.sequence import EquilibriumSequenceModel
+from deq_jax.stability import SolveSummary
 from deq_jax.stability.spectrum import spectral_radius, spectrum
 
 if TYPE_CHECKING:
@@ -75,16 +76,17 @@ class Solves:
         """Indices `[N]`: diverged, not converged, converged; then by evaluations and residual."""
         return np.lexsort((self.residual, self.iterations, self.status))[::-1]
 
-    def record(self) -> dict[str, float]:
-        """The figures of the forward solves, under the names that a training record gives them."""
+    def summary(self) -> SolveSummary:
+        """The figures of the forward solves, for `deq_jax.diagnose`."""
         finite = self.finite_residual
-        return {
-            "forward_iterations": float(self.iterations.mean()),
-            "forward_residual_mean": float(finite.mean()) if finite.size else float("nan"),
-            "forward_residual_worst": float(self.residual.max()),
-            "forward_converged": float(self.converged.mean()),
-            "forward_diverged": int((self.status == Status.DIVERGED).sum()),
-        }
+        return SolveSummary(
+            samples=len(self.status),
+            converged=float(self.converged.mean()),
+            diverged=int((self.status == Status.DIVERGED).sum()),
+            residual_mean=float(finite.mean()) if finite.size else float("nan"),
+            residual_worst=float(self.residual.max()),
+            iterations=float(self.iterations.mean()),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Network:
             solver = dataclasses.replace(self.solver, tol=0.0, atol=0.0, max_iter=budget)
             solves = self._all(self._answering(solver))
             within = solves.residual <= self.solver.tol
-            mean = solves.record()["forward_residual_mean"]
+            mean = solves.summary().residual_mean
             rows.append((budget, solves.correct.mean(), solves.loss.mean(), within.mean(), mean))
         return Budgets(*map(np.array, zip(*rows, strict=True)), trained=self.solver.max_iter)
 
@@ -295,25 +297,23 @@ def residual_traces(
     return traces, tolerances
 
 
-def backward_record(trace: np.ndarray, tol: float) -> dict[str, float]:
-    """The figures of backward solves, under the names that a training record gives them.
+def backward_summary(trace: np.ndarray, tol: float) -> SolveSummary:
+    """The figures of backward solves, for `deq_jax.diagnose`.
 
     Args:
         trace: residuals `[evaluations, B]`, NaN after a sample's stop.
         tol: tolerance of the solve.
-
-    Returns:
-        The figures. The dictionary is empty where no residual is finite.
     """
     lowest = np.where(np.isfinite(trace), trace, np.inf).min(0)
     finite = lowest[np.isfinite(lowest)]
     if finite.size == 0:
-        return {}
-    return {
-        "backward_residual_mean": float(finite.mean()),
-        "backward_residual_worst": float(lowest.max()),
-        "backward_converged": float((lowest <= tol).mean()),
-    }
+        return SolveSummary()
+    return SolveSummary(
+        samples=len(lowest),
+        converged=float((lowest <= tol).mean()),
+        residual_mean=float(finite.mean()),
+        residual_worst=float(lowest.max()),
+    )
 
 
 class RocCurve(NamedTuple):

@@ -73,5 +73,5 @@ def data_url(png: bytes) -> str:
 
 def flagged(text: str) -> markupsafe.Markup:
     """Escaped text whose flags are set as code, so that no line breaks at their hyphens."""
-    code = re.sub(r"--[a-z][a-z-]*[a-z]", r"<code>\g<0></code>", str(markupsafe.escape(text)))
+    code = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text)))
     return markupsafe.Markup(code)

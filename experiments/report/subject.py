@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from deq_jax import Execution
+from deq_jax import Execution, Finding, Implicit, diagnose
 from deq_jax.models.conv_deq import count_parameters
+from deq_jax.stability import Limits, SolveSummary, SpectralRadius, diagnose_budgets
 from experiments.report import measure
 from experiments.report.examples import Examples, choose_copies, choose_images, choose_windows
 from experiments.report.trained import Run
 from experiments.studies.tables import machine
-from experiments.train import advice
 from experiments.train.config import TrainingConfig
-from experiments.train.runs import flag_of
+from experiments.train.reporter import described_stability
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +52,16 @@ def unfit(script: str, config: TrainingConfig) -> str:
 
 def subject_of(run: Run, count: int) -> Subject:
     """The network of a run, with at most `count` of the examples that the run is evaluated on."""
-    experiment, progress = run.experiment, run.progress
-    config, core = experiment.config, experiment.model.core
-    if run.script == "image_classification":
-        examples = choose_images(experiment.dataset, count)
-    elif run.script == "language_model":
-        examples = choose_windows(experiment.dataset, config.length, count)
-    else:
-        examples = choose_copies(experiment.dataset, config.shown, count)
+    config, core, progress = run.config, run.model.core, run.progress
     memory = ""
-    if run.script == "language_model" and config.segment_memory:
-        memory = "each window starts without what --segment-memory keeps of the one before"
+    if run.script == "image_classification":
+        examples = choose_images(run.dataset, count)
+    elif run.script == "language_model":
+        examples = choose_windows(run.dataset.text, config.data.length, count)
+        if config.network.memory:
+            memory = "each window starts without what --network.memory keeps of the one before"
+    else:
+        examples = choose_copies(run.dataset, config.data.shown, count)
     epochs = f"{progress.epoch} of {config.epochs}"
     if progress.position:
         epochs += f", and {progress.position} steps"
@@ -70,25 +69,23 @@ def subject_of(run: Run, count: int) -> Subject:
         "run": str(run.path),
         **examples.facts,
         "memory": memory,
-        "model": f"{config.model}, {count_parameters(experiment.model):,} parameters",
+        "model": f"{config.model}, {count_parameters(run.model):,} parameters",
         "solver": repr(core.solver),
         "gradient": repr(core.gradient),
-        "stability": ", ".join(
-            f"{flag_of(name)} {getattr(config, name)}" for name in config.changed()
-        ),
+        "stability": described_stability(config),
         "execution": "" if core.execution == Execution() else repr(core.execution),
         "epochs trained": epochs,
         "machine": machine(),
     }
-    no_backward = f"--backward-solver {config.backward_solver} keeps no trace of its residuals."
-    if config.gradient not in ("implicit", "shine"):
-        no_backward = f"Nothing is solved backwards: --gradient {config.gradient}."
+    no_backward = f"backward: {config.backward} keeps no trace of its residuals."
+    if not isinstance(config.gradient, Implicit):
+        no_backward = f"Nothing is solved backwards: the gradient is {config.gradient}."
     return Subject(
         script=run.script,
-        model=run.model(),
+        model=run.model,
         examples=examples,
         facts={name: fact for name, fact in facts.items() if fact},
-        tol=config.tol,
+        tol=config.solver.tol,
         history=progress.history,
         no_backward=no_backward,
     )
@@ -100,33 +97,32 @@ def findings(
     traces: Mapping[str, np.ndarray],
     spectra: measure.Spectra,
     budgets: measure.Budgets,
-) -> list[advice.Trouble]:
+) -> list[Finding]:
     """What is wrong with the solves.
 
     Where `traces` has no backward solve, the newest epoch says what is wrong with those.
     """
-    config, history = run.experiment.config, run.progress.history
-    backward_tol = config.tol if config.backward_tol is None else config.backward_tol
-    limits = advice.Limits(converged=config.warn_converged)
+    config, history = run.config, run.progress.history
     options: dict[str, Any] = {
-        "tolerances": {"forward": config.tol, "backward": backward_tol},
         "solver": config.solver,
-        "backward_solver": config.backward_solver,
+        "gradient": config.gradient_policy(),
+        "limits": Limits(converged=config.run.warn_below),
     }
-    record = solves.record()
+    backward = None
     if "backward" in traces:
-        record |= measure.backward_record(traces["backward"], backward_tol)
-    found = advice.of_record(record, limits, **options)
+        tol = options["gradient"].backward_solver(config.solver).tol
+        backward = measure.backward_summary(traces["backward"], tol)
+    found = diagnose(solves.summary(), backward, **options)
     if "backward" not in traces and history:
-        newest = {name: value for name, value in history[-1].items() if "backward" in name}
-        approximate = config.gradient in ("one_step", "neumann")
-        when = f"in epoch {history[-1]['epoch']} of the training: "
+        names = ("converged", "diverged", "residual_mean", "residual_worst")
+        newest = SolveSummary(**{name: history[-1].get(f"backward_{name}") for name in names})
+        when = f"In epoch {history[-1]['epoch']} of the training: "
         found += [
-            dataclasses.replace(trouble, evidence=when + trouble.evidence)
-            for trouble in advice.of_record(newest, limits, approximate=approximate, **options)
+            dataclasses.replace(finding, evidence=when + finding.evidence)
+            for finding in diagnose(None, newest, **options)
         ]
-    found += advice.of_spectrum(
-        spectra.radius, spectra.error, spectra.converged, solver=config.solver
-    )
+    radii = SpectralRadius(spectra.radius, spectra.error, spectra.converged, np.int32(0))
+    found += diagnose(spectrum=radii, **options)
     tried, accuracy = budgets.budgets.tolist(), budgets.accuracy.tolist()
-    return found + advice.of_budget(tried, accuracy, budgets.trained, solves.labels.size)
+    answers = solves.labels.size
+    return found + diagnose_budgets(tried, accuracy, trained=budgets.trained, answers=answers)

@@ -18,8 +18,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.data import Batch
-from experiments.report.curves import draw_curves, draw_residuals
-from experiments.report.traces import residual_traces
+from experiments.report.figures import draw_curves, draw_residuals
+from experiments.report.measure import residual_traces
 from experiments.train import metrics
 from experiments.train.config import TrainingConfig
 from experiments.train.errors import NonFiniteError, RunMismatchError, Stopped, UsageError

@@ -18,7 +18,7 @@ import tqdm
 from deq_jax import Execution, diagnose
 from deq_jax.models.conv_deq import count_parameters
 from deq_jax.stability import Limits
-from experiments.report.curves import draw_curves
+from experiments.report.figures import draw_curves
 from experiments.train import metrics
 from experiments.train.config import Stability, TrainingConfig
 from experiments.train.errors import ExperimentError, MissingExtraError
@@ -198,13 +198,17 @@ def describe(config: TrainingConfig, model: Any, data: str, run: RunFolder) -> s
         lines += [f"solver: {layer['solver']}", f"gradient: {layer['gradient']}"]
         if layer["execution"] != Execution():
             lines.append(f"execution: {layer['execution']}")
-        tools, none = flat_settings(config.stability or Stability()), flat_settings(Stability())
-        changed = [f"{name} {value}" for name, value in tools.items() if none.get(name) != value]
-        if changed:
-            lines.append(f"stability: {', '.join(changed)}")
+        if changed := described_stability(config):
+            lines.append(f"stability: {changed}")
     else:
         lines.append("a control has no solver: solver, gradient, backward and stability are unused")
     return "\n".join([*lines, f"device: {device_name(config.devices)}", f"run: {run.path}"])
+
+
+def described_stability(config: TrainingConfig) -> str:
+    """The stability tools that are in use, in a line."""
+    tools, none = flat_settings(config.stability or Stability()), flat_settings(Stability())
+    return ", ".join(f"{name} {v}" for name, v in tools.items() if none.get(name) != v)
 
 
 def device_name(count: int) -> str:

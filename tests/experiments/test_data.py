@@ -31,7 +31,7 @@ def training(dataset):
 
 def evaluation(dataset):
     """All images and labels that are reported on, in order."""
-    return dataset.first_evaluation_examples(dataset.evaluation_size)
+    return dataset.evaluation_examples(np.arange(dataset.evaluation_size))
 
 
 LABELS = {}
@@ -193,10 +193,12 @@ def test_batches_on_demand_are_those_in_memory(opened):
         )
     assert_same_batches(on_demand.evaluation_batches(10), memory.evaluation_batches(10))
     for found, expected in zip(
-        on_demand.first_evaluation_examples(7), memory.first_evaluation_examples(7), strict=True
+        on_demand.evaluation_examples(np.arange(7)),
+        memory.evaluation_examples(np.arange(7)),
+        strict=True,
     ):
         np.testing.assert_array_equal(found, expected)
-    assert len(on_demand.first_evaluation_examples(999)[1]) == memory.evaluation_size
+    np.testing.assert_array_equal(on_demand.evaluation_labels(), memory.evaluation_labels())
 
 
 @pytest.mark.parametrize("more", [{}, ON_DEMAND], ids=["memory", "on_demand"])
@@ -389,7 +391,7 @@ def test_reads_mnist(shared_tfds):
     # The first labels and the sizes of the classes of the test images, as they are published.
     counts = np.bincount(PreparedImages("mnist", shared_tfds).labels("test"))
     assert counts.tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-    images, _ = dataset.first_evaluation_examples(200)
+    images, _ = dataset.evaluation_examples(np.arange(dataset.evaluation_size))
     assert 25 < images.mean() < 42  # white on black; the mean of the whole set is 33.3
 
 
