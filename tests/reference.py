@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 
 def picard(f, z, *, damping=1.0, steps):
@@ -102,21 +101,47 @@ def relative_residual(f, z):
     return np.linalg.norm(fz - np.asarray(z, np.float64)) / np.linalg.norm(fz)
 
 
+def flatten(tree):
+    """All leaves behind one another in one vector, in NumPy: JAX would compile each operation."""
+    leaves = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)]
+    return np.concatenate(leaves or [np.zeros(0)])
+
+
+def unflatten_as(tree):
+    """The inverse of `flatten` for trees of the form of `tree`; also of a traced vector."""
+    leaves, structure = jax.tree.flatten(tree)
+    shapes = [np.shape(leaf) for leaf in leaves]
+    ends = np.cumsum([np.prod(shape, dtype=int) for shape in shapes])
+
+    def unflatten(flat):
+        parts = [
+            flat[end - np.prod(shape, dtype=int) : end].reshape(shape)
+            for shape, end in zip(shapes, ends, strict=True)
+        ]
+        return jax.tree.unflatten(structure, parts)
+
+    return unflatten
+
+
+def flatten_traced(tree):
+    """`flatten` inside of `jit`."""
+    return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+
+
 def newton_equilibrium(f, z, steps=50):
     """The solution of `z = f(z)` for any pytree, by dense Newton steps."""
-    flat, unravel = ravel_pytree(z)
+    flat, unflatten = flatten(z), unflatten_as(z)
 
     def g(flat):
-        return ravel_pytree(f(unravel(flat)))[0] - flat
+        return flatten_traced(f(unflatten(flat))) - flat
 
-    jacobian = jax.jit(jax.jacfwd(g))
-    g = jax.jit(g)
+    value_and_jacobian = jax.jit(lambda flat: (g(flat), jax.jacfwd(g)(flat)))
     for _ in range(steps):
-        value = np.asarray(g(flat))
+        value, jacobian = map(np.asarray, value_and_jacobian(flat))
         if np.linalg.norm(value) < 1e-14 * (1 + np.linalg.norm(flat)):
             break
-        flat = flat - np.linalg.solve(np.asarray(jacobian(flat)), value)
-    return unravel(jnp.asarray(flat))
+        flat = flat - np.linalg.solve(jacobian, value)
+    return jax.tree.map(jnp.asarray, unflatten(flat))
 
 
 def implicit_gradient(f, inputs, z, cotangent):
@@ -125,19 +150,18 @@ def implicit_gradient(f, inputs, z, cotangent):
     `f(inputs, z)`; `inputs`, `z` and `cotangent` are pytrees of float64 arrays; `z` solves the
     equation.
     """
-    flat_z, unravel_z = ravel_pytree(z)
-    flat_inputs, unravel_inputs = ravel_pytree(inputs)
+    unflatten_z, unflatten_inputs = unflatten_as(z), unflatten_as(inputs)
 
     def flat_f(flat_inputs, flat_z):
-        return ravel_pytree(f(unravel_inputs(flat_inputs), unravel_z(flat_z)))[0]
+        return flatten_traced(f(unflatten_inputs(flat_inputs), unflatten_z(flat_z)))
 
-    by_inputs, by_z = jax.jit(jax.jacrev(flat_f, argnums=(0, 1)))(flat_inputs, flat_z)
-    y = np.asarray(ravel_pytree(cotangent)[0])
-    u = np.linalg.solve(np.eye(flat_z.size) - np.asarray(by_z).T, y)
-    return unravel_inputs(jnp.asarray(np.asarray(by_inputs).T @ u))
+    flat_z = flatten(z)
+    by_inputs, by_z = jax.jit(jax.jacrev(flat_f, argnums=(0, 1)))(flatten(inputs), flat_z)
+    u = np.linalg.solve(np.eye(flat_z.size) - np.asarray(by_z).T, flatten(cotangent))
+    return jax.tree.map(jnp.asarray, unflatten_inputs(np.asarray(by_inputs).T @ u))
 
 
 def relative_error(a, b):
     """`‖a - b‖ / ‖b‖` over two pytrees."""
-    a, b = (np.asarray(ravel_pytree(tree)[0], np.float64) for tree in (a, b))
+    a, b = (flatten(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), t)) for t in (a, b))
     return np.linalg.norm(a - b) / np.linalg.norm(b)
