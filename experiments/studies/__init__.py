@@ -13,7 +13,6 @@ test_pages.py` compares the pages with the figures.
 | controls | `python -m experiments.studies.controls` | sequences.md | |
 | regularization | `python -m experiments.studies.regularization` | stability.md | |
 
-The last two train networks and write their tables into their pages without a JSON file. The picture
-diagnosis.png is a screenshot of the report that `python -m experiments.diagnose --run runs/digits`
-writes, taken by hand.
+The picture diagnosis.png is a screenshot of the report that `python -m experiments.diagnose --run
+runs/digits` writes, taken by hand.
 """

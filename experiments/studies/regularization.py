@@ -13,40 +13,29 @@ interrupted goes on where it was.
 import dataclasses
 import json
 import pathlib
-from typing import Annotated, Literal
+from typing import Any
 
 import numpy as np
 import tyro
-from flax import nnx
 
 from experiments import image_classification
-from experiments.data.images import load_dataset
-from experiments.report.images import ImageExamples
+from experiments.report.examples import ImageExamples
 from experiments.report.measure import Network
-from experiments.studies.tables import DOCS, machine, markdown_head, markdown_row, write_below
-from experiments.train.checkpoints import Checkpoints
-from experiments.train.image_config import Config as Training
-from experiments.train.image_experiment import prepare
-from experiments.train.image_presets import parse
-from experiments.train.runs import RunDirectory, write_atomically
-from experiments.train.script import resume
-
-PAGE = DOCS / "stability.md"
-MARKER = "<!-- Below: written by `python -m experiments.studies.regularization --write`. -->"
-
-Name = Literal["digits", "cifar10"]
+from experiments.report.trained import read_run
+from experiments.studies.tables import Command, Document, Part, Study, markdown_table, origin
+from experiments.train.runs import write_atomically
 
 FLAGS: dict[str, tuple[str, ...]] = {
-    "digits": ("--preset=digits", "--validation-fraction=0.2"),
+    "digits": ("digits", "--data.validation=0.2"),
     "cifar10": (
-        "--preset=cifar10",
-        "--train-examples=5000",
-        "--validation-fraction=0.02",
+        "cifar10",
+        "--data.train=5000",
+        "--data.validation=0.02",
         "--epochs=3",
         "--batch-size=50",
-        "--channels=24",
-        "--inner-channels=32",
-        "--max-iter=40",
+        "--network.channels=24",
+        "--network.inner-channels=32",
+        "--solver.max-iter=40",
         "--devices=2",
     ),
 }
@@ -61,22 +50,18 @@ SLACK = 0.005
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Command):
     """What to study.
 
     Attributes:
-        studies: digits, cifar10.
         seeds: runs of each weight.
         data_dir: folder of prepared data sets, for cifar10.
         runs: folder for the runs.
-        write: put the tables into docs/stability.md as well.
     """
 
-    studies: Annotated[tuple[Name, ...], tyro.conf.Positional] = ("digits",)
     seeds: int = 2
     data_dir: str | None = None
     runs: str = "runs/regularization"
-    write: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +85,12 @@ class Outcome:
 
 def flags(study: str, weight: float, seed: int, config: Config) -> list[str]:
     """The command line of one run."""
-    chosen = [*FLAGS[study], f"--seed={seed}", f"--run-dir={folder(study, weight, seed, config)}"]
+    chosen = [*FLAGS[study], f"--seed={seed}", f"--run.dir={folder(study, weight, seed, config)}"]
     if weight:
-        chosen += [f"--jacobian-weight={weight:g}", "--jacobian-probability=0.5"]
+        chosen += ["stability:on", f"--stability.jacobian.weight={weight:g}"]
+        chosen.append("--stability.jacobian.probability=0.5")
     if config.data_dir is not None:
-        chosen.append(f"--data-dir={config.data_dir}")
+        chosen.append(f"--data.dir={config.data_dir}")
     return chosen
 
 
@@ -115,41 +101,28 @@ def folder(study: str, weight: float, seed: int, config: Config) -> pathlib.Path
 
 def outcome(study: str, weight: float, seed: int, config: Config) -> Outcome:
     """Trains, or goes on, and evaluates; what was evaluated is kept with the run."""
-    kept = folder(study, weight, seed, config) / "budgets.json"
+    path = folder(study, weight, seed, config)
+    kept = path / "budgets.json"
     if kept.exists():
         return Outcome(**json.loads(kept.read_text(encoding="utf-8")))
-    training = parse(flags(study, weight, seed, config))
-    code = image_classification.run(training)
-    if code:
+    if code := image_classification.main(flags(study, weight, seed, config)):
         raise SystemExit(code)
-    found = evaluate(training)
+    found = evaluate(path)
     write_atomically(kept, json.dumps(dataclasses.asdict(found)) + "\n")
     return found
 
 
-def evaluate(training: Training) -> Outcome:
+def evaluate(path: pathlib.Path) -> Outcome:
     """Looks at a finished run."""
-    dataset = load_dataset(
-        training.dataset,
-        data_dir=training.data_dir,
-        image_size=training.image_size,
-        train_examples=training.train_examples,
-        eval_examples=training.eval_examples,
-        validation_fraction=training.validation_fraction,
-        seed=training.seed,
-    )
-    directory = RunDirectory(training.run_dir)
-    experiment = prepare(training, dataset)
-    with Checkpoints(directory.checkpoints) as checkpoints:
-        state, progress = resume(experiment, checkpoints)
-    model = nnx.merge(experiment.evaluation_definition, state.params, state.rest, copy=True)
-    network = Network(model, ImageExamples(dataset.evaluation, dataset.white))
+    run = read_run(path)
+    dataset: Any = run.dataset
+    examples = dataset.evaluation_examples(np.arange(dataset.evaluation_size))
+    network = Network(run.model, ImageExamples(*examples, white=dataset.white))
     solves, budgets = network.solves(), network.budgets(BUDGETS)
-    last = progress.history[-1]
     return Outcome(
         accuracy=float(solves.correct.mean()),
         evaluations=float(solves.iterations.mean()),
-        backward=last["backward_iterations"],
+        backward=run.progress.history[-1]["backward_iterations"],
         converged=float(solves.converged.mean()),
         by_budget=[
             float(budgets.accuracy[list(budgets.budgets).index(budget)]) for budget in BUDGETS
@@ -166,27 +139,43 @@ def needed(found: Outcome, accuracy: float) -> int | None:
     return BUDGETS[first]
 
 
-def table(study: str, config: Config) -> str:
-    """Trains and evaluates all runs of a study; the Markdown table."""
+def measure(study: str, config: Config) -> Part:
+    """Trains and evaluates all runs of a part."""
     rows = {
         weight: [outcome(study, weight, seed, config) for seed in range(config.seeds)]
         for weight in WEIGHTS[study]
     }
+    figures = []
+    for weight, found in rows.items():
+        row: dict[str, Any] = {"weight": weight}
+        for name in ("accuracy", "evaluations", "backward", "converged"):
+            row[name] = [getattr(one, name) for one in found]
+        pairs = zip(found, rows[0], strict=True)
+        row["budget"] = [needed(one, without.accuracy) for one, without in pairs]
+        figures.append(row)
+    return {"flags": list(FLAGS[study]), "rows": figures}
+
+
+def render(document: Document) -> dict[str, str]:
+    """The Markdown of each part."""
+    return {study: _table(part) for study, part in document.items()}
+
+
+def _table(part: Part) -> str:
     columns = ["weight", "accuracy", "evaluations to the tolerance", "products backwards"]
     columns += ["converged", "budget for the accuracy without penalty"]
-    lines = [markdown_head(columns)]
-    for weight, found in rows.items():
-        budgets = [
-            needed(one, without.accuracy) for one, without in zip(found, rows[0], strict=True)
-        ]
-        cells = [f"{weight:g}"]
-        cells.append(_spread([one.accuracy for one in found], 3))
-        cells.append(_spread([one.evaluations for one in found], 1))
-        cells.append(_spread([one.backward for one in found], 1))
-        cells.append(" / ".join(f"{one.converged:.1%}" for one in found))
-        cells.append(" / ".join("not reached" if b is None else str(b) for b in budgets))
-        lines.append(markdown_row(cells))
-    return f"### {study}\n\n`{' '.join(FLAGS[study])}`\n\n" + "\n".join(lines)
+    table = []
+    for row in part["rows"]:
+        cells = [f"{row['weight']:g}", _spread(row["accuracy"], 3)]
+        cells += [_spread(row["evaluations"], 1), _spread(row["backward"], 1)]
+        cells.append(" / ".join(f"{one:.1%}" for one in row["converged"]))
+        budgets = ("not reached" if one is None else str(one) for one in row["budget"])
+        table.append([*cells, " / ".join(budgets)])
+    text = markdown_table(columns, table)
+    return f"`{' '.join(part['flags'])}`\n\n{text}\n\n{origin(part['context'])}"
+
+
+STUDY = Study("regularization", render)
 
 
 def _spread(values: list[float], digits: int) -> str:
@@ -196,12 +185,10 @@ def _spread(values: list[float], digits: int) -> str:
 
 
 def main() -> None:
-    """Prints the tables; with `--write` puts them into the page, below what is written there."""
+    """Measures and prints the tables, see `Command`."""
     config = tyro.cli(Config, description=__doc__)
-    tables = [table(study, config) for study in config.studies]
-    print("\n\n".join(tables))
-    if config.write:
-        write_below(PAGE, MARKER, [f"{machine()}, {config.seeds} seeds.", *tables])
+    measures = {study: lambda config, study=study: measure(study, config) for study in FLAGS}
+    STUDY.run(config, measures)
 
 
 if __name__ == "__main__":

@@ -232,16 +232,3 @@ def markdown_head(columns: Iterable[str]) -> str:
 def markdown_row(cells: Iterable[str]) -> str:
     """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
-
-
-def write_below(page: pathlib.Path, marker: str, parts: Iterable[str]) -> None:
-    """Replaces all text below the line `marker` of a page by `parts`, as paragraphs.
-
-    Raises:
-        ValueError: the page has no such line, or more than one.
-    """
-    words, *rest = page.read_text(encoding="utf-8").split(f"{marker}\n")
-    if len(rest) != 1:
-        raise ValueError(f"{page} must have the line {marker!r} once, got it {len(rest)} times")
-    page.write_text("\n\n".join([words + marker, *parts]) + "\n", encoding="utf-8")
-    print(f"wrote {page}")
