@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from experiments.report.trained import SCRIPTS
 from experiments.train.checkpoints import Checkpoints
+
+from experiments.report.trained import SCRIPTS
 from experiments.train.loop import Progress
 from experiments.train.runs import RunDirectory
 

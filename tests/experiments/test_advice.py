@@ -7,11 +7,11 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from experiments.train.advice import Limits, Trouble
+from experiments.train.image_config import Config
 
 from experiments.train import advice
-from experiments.train.advice import Limits, Trouble
 from experiments.train.config import SolverName
-from experiments.train.image_config import Config
 
 GOOD = {
     "forward_converged": 1.0,

@@ -2,14 +2,14 @@ import json
 
 import numpy as np
 import pytest
-from flax import nnx
-
-from experiments import copy_memory as script
 from experiments.train.checkpoints import Checkpoints
 from experiments.train.copy_config import PRESETS, parse
 from experiments.train.experiment import Experiment
-from experiments.train.runs import RunDirectory
 from experiments.train.sequence_experiment import build_model
+from flax import nnx
+
+from experiments import copy_memory as script
+from experiments.train.runs import RunDirectory
 
 TINY = [
     "--delay=3",

@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experiments.report.traces import residual_traces
+from experiments.train.checkpoints import Checkpoints
+from experiments.train.image_experiment import prepare
+from experiments.train.image_presets import parse
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deq_jax import Execution
 from experiments import image_classification as script
 from experiments.data.images import load_dataset
-from experiments.report.traces import residual_traces
-from experiments.train.checkpoints import Checkpoints
-from experiments.train.image_experiment import prepare
-from experiments.train.image_presets import parse
 from tests.conftest import CACHE
 from tests.experiments.conftest import TINY
 from tests.reference import relative_error

@@ -10,6 +10,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from experiments.train.image_presets import parse
 
 from deq_jax import Status
 from experiments import diagnose as script
@@ -19,7 +20,6 @@ from experiments.report import measure
 from experiments.report.examples import ImageExamples
 from experiments.report.page import render
 from experiments.report.trained import read_run
-from experiments.train.image_presets import parse
 from tests.experiments.conftest import TINY
 
 PNG = b"\x89PNG"

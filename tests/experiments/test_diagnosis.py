@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experiments.train.image_experiment import build_model
+from experiments.train.image_presets import parse
 
 from deq_jax import Anderson, Status
 from experiments.data.images import load_dataset
 from experiments.report import figures, measure
 from experiments.report.examples import ImageExamples
-from experiments.train.image_experiment import build_model
-from experiments.train.image_presets import parse
 from tests.experiments.conftest import TINY
 
 

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experiments.train.image_config import Config as ImageConfig
+from experiments.train.language_config import Config
 
 from deq_jax.models.generation import generate
 from experiments import generate as script
 from experiments.copy_memory import Config as CopyConfig
 from experiments.generate import Arguments, write
 from experiments.report.trained import read_run
-from experiments.train.image_config import Config as ImageConfig
-from experiments.train.language_config import Config
 from tests.experiments.runs import untrained
 from tests.experiments.test_trained import document
 

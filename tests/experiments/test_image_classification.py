@@ -6,17 +6,17 @@ import sys
 import jax
 import numpy as np
 import pytest
+from experiments.data.XX import Images
+from experiments.report.traces import residual_traces
+from experiments.train.checkpoints import Checkpoints
+from experiments.train.image_experiment import counted_batches, prepare, to_float
+from experiments.train.image_presets import parse
 from flax import nnx
 
 from deq_jax import BackwardProbe
 from experiments import image_classification as script
 from experiments.data.images import load_dataset
-from experiments.data.XX import Images
-from experiments.report.traces import residual_traces
 from experiments.train import training
-from experiments.train.checkpoints import Checkpoints
-from experiments.train.image_experiment import counted_batches, prepare, to_float
-from experiments.train.image_presets import parse
 from tests.experiments.conftest import TINY
 
 PNG = b"\x89PNG"

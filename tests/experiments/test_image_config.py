@@ -1,6 +1,8 @@
 import dataclasses
 
 import pytest
+from experiments.train.image_config import Config
+from experiments.train.image_presets import PRESETS, parse
 
 from deq_jax import (
     GMRES,
@@ -15,8 +17,6 @@ from deq_jax import (
     Picard,
     Unrolled,
 )
-from experiments.train.image_config import Config
-from experiments.train.image_presets import PRESETS, parse
 
 
 def test_picard_and_a_backward_solver_of_its_own():

@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experiments.train.checkpoints import Checkpoints
+from experiments.train.language_config import PRESETS, parse
+from experiments.train.logging import Reporter
+from experiments.train.script import resume
+from experiments.train.sequence_experiment import build_model
 from flax import nnx
 
 from experiments import language_model as script
 from experiments.data.text import stream_steps, windows
-from experiments.train.checkpoints import Checkpoints
-from experiments.train.language_config import PRESETS, parse
-from experiments.train.logging import Reporter
 from experiments.train.loop import Trainer
 from experiments.train.runs import RunDirectory
-from experiments.train.script import resume
-from experiments.train.sequence_experiment import build_model
 from tests.experiments.test_resume import StopAfter
 
 VERSE = "the quick brown fox jumps over the lazy dog.\nand the dog sleeps on.\n"

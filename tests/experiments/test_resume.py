@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from experiments.data.images import load_dataset
 from experiments.train.checkpoints import Checkpoints
 from experiments.train.image_experiment import prepare
 from experiments.train.image_presets import parse
 from experiments.train.logging import Reporter
-from experiments.train.loop import Progress, Trainer
-from experiments.train.runs import RunDirectory
 from experiments.train.script import resume
 from experiments.train.signals import GracefulStop
+
+from experiments.data.images import load_dataset
+from experiments.train.loop import Progress, Trainer
+from experiments.train.runs import RunDirectory
 from tests.conftest import CACHE
 from tests.experiments.conftest import TINY
 

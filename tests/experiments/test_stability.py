@@ -7,6 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experiments.train.advice import Trouble
+from experiments.train.checkpoints import Checkpoints
+from experiments.train.experiment import definition_of
+from experiments.train.image_experiment import prepare, to_float
+from experiments.train.image_presets import parse
+from experiments.train.logging import Reporter
+from experiments.train.script import resume
 from flax import nnx
 
 from deq_jax import Anderson, Implicit, OneStep, Phantom, Picard, Unrolled
@@ -14,15 +21,8 @@ from deq_jax.stability import jacobian_frobenius
 from experiments import image_classification as script
 from experiments.data.images import load_dataset
 from experiments.train import objective, training
-from experiments.train.advice import Trouble
-from experiments.train.checkpoints import Checkpoints
-from experiments.train.experiment import definition_of
-from experiments.train.image_experiment import prepare, to_float
-from experiments.train.image_presets import parse
-from experiments.train.logging import Reporter
 from experiments.train.loop import Trainer
 from experiments.train.runs import RunDirectory
-from experiments.train.script import resume
 from experiments.train.stability import Schedule, StabilityConfig
 from tests.experiments.conftest import TINY
 from tests.experiments.test_resume import StopAfter

@@ -1,9 +1,9 @@
 import jax
 import numpy as np
 import pytest
+from experiments.train.totals import SolveTotals
 
 from deq_jax import BackwardProbe
-from experiments.train.totals import SolveTotals
 
 
 def test_totals_of_a_diverged_and_of_a_padded_sample():

@@ -6,10 +6,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from experiments.train.checkpoints import Checkpoints
 
 from experiments.report import trained
 from experiments.report.trained import read_config, read_run
-from experiments.train.checkpoints import Checkpoints
 from experiments.train.errors import RunMismatchError, UsageError
 from experiments.train.runs import RunDirectory
 from tests.experiments.conftest import TINY
