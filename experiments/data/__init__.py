@@ -1,6 +1,7 @@
 """Reads images and texts: where they come from, splits, batches."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,3 +22,28 @@ class Batch(NamedTuple):
     targets: np.ndarray
     counts: np.ndarray
     first: np.ndarray | None = None
+
+
+class Source(Protocol):
+    """Labelled images that can be read in any order, from several threads at once.
+
+    Attributes:
+        sizes: the number of images in the split `train`, and in the split `test` if there is one.
+        num_classes: number of classes.
+        image_shape: `(H, W, C)`, the same for all images.
+        white: the pixel value that becomes 1.0.
+    """
+
+    sizes: Mapping[str, int]
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    white: int
+
+    def labels(self, split: str) -> np.ndarray:
+        """The labels of a split, `[N]` int32, read without decoding images."""
+
+    def read(self, split: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The images `[n, H, W, C]` uint8 and labels `[n]` int32 at `positions` of a split."""
+
+    def fingerprint(self) -> Any:
+        """What tells these data from others without decoding them; JSON can hold it."""

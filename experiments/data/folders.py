@@ -48,11 +48,11 @@ class ImageFolder:
         self.image_shape = self._check_heads(progress)
 
     def labels(self, split: str) -> np.ndarray:
-        """See `images.Source`."""
+        """See `data.Source`."""
         return self._labels[split]
 
     def read(self, split: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `images.Source`.
+        """See `data.Source`.
 
         Raises:
             DatasetNotFoundError: a file cannot be decoded; the message names it.
@@ -63,7 +63,7 @@ class ImageFolder:
         return images, self._labels[split][positions]
 
     def fingerprint(self) -> Any:
-        """See `images.Source`: the path inside the folder and the size in bytes of every file."""
+        """See `data.Source`: the path inside the folder and the size in bytes of every file."""
         files = [
             (file.relative_to(self._folder).as_posix(), file.stat().st_size)
             for split in self._files

@@ -17,13 +17,13 @@ import os
 import pathlib
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import tqdm
 
-from experiments.data import Batch
+from experiments.data import Batch, Source
 from experiments.train.errors import DatasetNotFoundError, UsageError
 
 _TEST_FRACTION = 0.2
@@ -278,7 +278,7 @@ class _InMemory:
 
 
 def _read_into_memory(
-    source: "Source", split: str, positions: np.ndarray, description: str | None
+    source: Source, split: str, positions: np.ndarray, description: str | None
 ) -> _InMemory:
     """Decodes the examples at `positions`; with a progress bar if there is a description."""
     images = np.empty((len(positions), *source.image_shape), np.uint8)
@@ -295,31 +295,6 @@ def _read_into_memory(
         for _ in tqdm.tqdm(done, description, len(starts), leave=False, disable=disable):
             pass
     return _InMemory(images, labels)
-
-
-class Source(Protocol):
-    """Labelled images that can be read in any order, from several threads at once.
-
-    Attributes:
-        sizes: the number of images in the split `train`, and in the split `test` if there is one.
-        num_classes: number of classes.
-        image_shape: `(H, W, C)`, the same for all images.
-        white: the pixel value that becomes 1.0.
-    """
-
-    sizes: Mapping[str, int]
-    num_classes: int
-    image_shape: tuple[int, int, int]
-    white: int
-
-    def labels(self, split: str) -> np.ndarray:
-        """The labels of a split, `[N]` int32, read without decoding images."""
-
-    def read(self, split: str, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The images `[n, H, W, C]` uint8 and labels `[n]` int32 at `positions` of a split."""
-
-    def fingerprint(self) -> Any:
-        """What tells these data from others without decoding them; JSON can hold it."""
 
 
 def open_source(

@@ -4,19 +4,17 @@ import dataclasses
 import json
 import zlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from experiments.data.images import Source
+from experiments.data import Source
 
 
 @dataclasses.dataclass(frozen=True)
 class OnDemand:
     """The examples at `positions` of a split of a source; see `images.ImageDataset`."""
 
-    source: "Source"
+    source: Source
     split: str
     positions: np.ndarray
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,6 @@ from deq_jax.models.conv_deq import ConvDEQ
 from deq_jax.models.sequence import EquilibriumSequenceModel
 from deq_jax.stability import SolveSummary
 from deq_jax.stability.spectrum import spectral_radius, spectrum
-
-if TYPE_CHECKING:
-    from experiments.report.examples import Examples
 
 PyTree = Any
 EquilibriumModel = ConvDEQ | EquilibriumSequenceModel
@@ -144,7 +141,7 @@ class Network:
         examples: the examples.
     """
 
-    def __init__(self, model: EquilibriumModel, examples: "Examples"):
+    def __init__(self, model: EquilibriumModel, examples: Any):
         self.solver = model.core.solver
         self._definition, self._state = nnx.split(model)
         self._examples = examples
