@@ -136,9 +136,9 @@ def test_reported_subset_is_stratified_and_the_same_for_each_seed():
 
 
 def test_more_examples_than_there_are():
-    with pytest.raises(UsageError, match=r"--train-examples must be at most 1438.*got 1439"):
+    with pytest.raises(UsageError, match=r"--data.train must be at most 1438.*got 1439"):
         load_images("digits", train_examples=1439)
-    with pytest.raises(UsageError, match=r"--eval-examples must be at most 359.*got 360"):
+    with pytest.raises(UsageError, match=r"--data.eval must be at most 359.*got 360"):
         load_images("digits", eval_examples=360)
 
 
@@ -302,7 +302,8 @@ def test_processes_share_each_batch(opened, monkeypatch):
                 # Put together again, and no smaller or larger than that: disjoint and whole.
                 parts = zip(*(share[kind] for share in shares), strict=True)
                 joined = [
-                    [np.concatenate(arrays) for arrays in zip(*p, strict=True)] for p in parts
+                    [np.concatenate(arrays) for arrays in zip(*(b[:3] for b in p), strict=True)]
+                    for p in parts
                 ]
                 assert_same_batches(joined, alone[kind])
             assert all(len(batch.targets) == 12 // count for batch in shares[0][0])

@@ -253,18 +253,18 @@ def test_files_of_other_kinds(file):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"evaluation_fraction": 0.0}, "--evaluation-fraction must be above 0 and below 1"),
-        ({"evaluation_fraction": 1.0}, "--evaluation-fraction must be above 0 and below 1"),
-        ({"evaluation_fraction": math.nan}, "--evaluation-fraction must be above 0"),
-        ({"validation_fraction": -0.1}, "--validation-fraction must be at least 0"),
-        ({"validation_fraction": 1.0}, "--validation-fraction must be at least 0 and below 1"),
-        ({"train_tokens": 24}, "--train-tokens must be from 2 to 23, .* train on, got 24"),
-        ({"train_tokens": 1}, "--train-tokens must be from 2 to 23, .* got 1"),
-        ({"eval_tokens": 4}, "--eval-tokens must be from 2 to 3, .* report on, got 4"),
+        ({"evaluation_fraction": 0.0}, "--data.evaluation must be above 0 and below 1"),
+        ({"evaluation_fraction": 1.0}, "--data.evaluation must be above 0 and below 1"),
+        ({"evaluation_fraction": math.nan}, "--data.evaluation must be above 0"),
+        ({"validation_fraction": -0.1}, "--data.validation must be at least 0"),
+        ({"validation_fraction": 1.0}, "--data.validation must be at least 0 and below 1"),
+        ({"train_tokens": 24}, "--data.train must be from 2 to 23, .* train on, got 24"),
+        ({"train_tokens": 1}, "--data.train must be from 2 to 23, .* got 1"),
+        ({"eval_tokens": 4}, "--data.eval must be from 2 to 3, .* report on, got 4"),
         ({"evaluation_fraction": 0.01}, "it has 1 tokens to report on, at least 2"),
         ({"evaluation_fraction": 0.99}, "it has 0 tokens to train on"),
-        ({"vocabulary_size": 5}, "--vocabulary-size .* got 5 for characters"),
-        ({"vocabulary_size": 1, "level": "words"}, "--vocabulary-size must be at least 2"),
+        ({"vocabulary_size": 5}, "--data.vocabulary .* got 5 for characters"),
+        ({"vocabulary_size": 1, "level": "words"}, "--data.vocabulary must be at least 2"),
     ],
 )
 def test_arguments_out_of_range(file, options, complaint):
