@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.benchmark.workloads import AXES, EQUAL_RIDGE, WORKLOADS
+from experiments.benchmark.workloads import AXES, EQUAL_RIDGE, PEERS, WORKLOADS
 from experiments.studies.tables import Document, Part, Study, markdown_table, origin
 
 Row = dict[str, Any]
@@ -37,6 +37,11 @@ def met(row: Row, tol: float) -> bool:
 def overhead(row: Row, cell: str) -> float:
     """Time of the call over that of its evaluations."""
     return seconds(row) / (row["forward"] * seconds(row, cell))
+
+
+def prepared_share(row: Row, what: str) -> float:
+    """Time of something that was prepared for the loop over that of the same as it is written."""
+    return seconds(row, f"prepared {what}") / seconds(row, what)
 
 
 def milliseconds(seconds: float) -> str:
@@ -129,12 +134,12 @@ def ratio(
     return measure
 
 
-def over(name: str, figure: Callable[[Row], float]) -> Callable[[Record], Measured]:
-    """A figure of the row of one implementation."""
+def beside(what: str, figure: Callable[[Row, str], float]) -> Callable[[Record], Measured]:
+    """A figure of deq_jax's row, about something that was timed beside the call."""
 
     def measure(record: Record) -> Measured:
-        row = record["rows"][name]
-        return "not measured" if "failed" in row else (figure(row), name)
+        row = record["rows"]["deq_jax"]
+        return "not measured" if "failed" in row else (figure(row, what), "deq_jax")
 
     return measure
 
@@ -145,59 +150,79 @@ _SOLVERS = (
     "deq_jax, tolerance / 2",
     "deq_jax, 2 devices, tolerance / 2",
 )
-_OWN = (
-    *_SOLVERS,
-    *("deq_jax, Picard", "deq_jax, shrinking", "deq_jax, shrinking, tolerance / 3"),
-)
-_OTHERS = ("tutorial", "tutorial, relative ridge", "torchdeq")
-_OTHERS += ("jaxopt", "jaxopt, Picard", "optimistix")
-_FORWARD, _GRADIENT, _STEP = "forward", "forward + gradient", "training step"
-_PREPARED = over("deq_jax", lambda row: seconds(row, "prepared product") / seconds(row, "product"))
+_OWN = (*_SOLVERS, "deq_jax, Picard", "deq_jax, shrinking", "deq_jax, shrinking, tolerance / 3")
+_OTHERS = (*PEERS, "jaxopt, Picard")
+_OVERHEAD = "solve: overhead over the cell as"
 
-TARGETS = tuple(
-    Target(*fields)
-    for fields in (
-        ("step: deq_jax / tutorial", 0.5, "step", _STEP, ratio(_SOLVERS, "tutorial")),
-        ("step: deq_jax / torchdeq", 0.45, "step", _STEP, ratio(_SOLVERS, "torchdeq")),
-        ("step: deq_jax / jaxopt", 0.1, "step", _STEP, ratio(_SOLVERS, "jaxopt")),
-        ("solve: deq_jax / torchdeq", 0.9, "solve", _FORWARD, ratio(_SOLVERS, "torchdeq")),
-        ("solve: deq_jax / jaxopt", 0.45, "solve", _FORWARD, ratio(_SOLVERS, "jaxopt")),
+
+def _targets(
+    workload: str, case: str, *figures: tuple[str, float | None, Callable[[Record], Measured]]
+) -> list[Target]:
+    """Targets of one case, each by its name, its bound and what measures it."""
+    return [Target(name, at_most, workload, case, measure) for name, at_most, measure in figures]
+
+
+TARGETS = [
+    *_targets(
+        "step",
+        "training step",
+        ("step: deq_jax / tutorial", 0.5, ratio(_SOLVERS, "tutorial")),
+        ("step: deq_jax / torchdeq", 0.45, ratio(_SOLVERS, "torchdeq")),
+        ("step: deq_jax / jaxopt", 0.1, ratio(_SOLVERS, "jaxopt")),
+    ),
+    *_targets(
+        "solve",
+        "forward",
+        ("solve: deq_jax / torchdeq", 0.9, ratio(_SOLVERS, "torchdeq")),
+        ("solve: deq_jax / jaxopt", 0.45, ratio(_SOLVERS, "jaxopt")),
+        (f"{_OVERHEAD} the library runs it", 1.15, beside("prepared cell", overhead)),
+        (f"{_OVERHEAD} written", None, beside("cell", overhead)),
+    ),
+    *_targets(
+        "dense",
+        "forward",
+        ("dense, forward: deq_jax / optimistix", 1.0, ratio(_OWN, "optimistix")),
+    ),
+    *_targets(
+        "dense",
+        "forward + gradient",
+        ("dense, forward + gradient: deq_jax / jaxopt", 0.6, ratio(_OWN, "jaxopt")),
         (
-            *("dense, forward: deq_jax / optimistix", 1.0, "dense", _FORWARD),
-            ratio(_OWN, "optimistix"),
-        ),
-        (
-            *("dense, forward + gradient: deq_jax / jaxopt", 0.6, "dense", _GRADIENT),
-            ratio(_OWN, "jaxopt"),
-        ),
-        (
-            *("dense, forward + gradient: deq_jax / jaxopt's Picard", None, "dense", _GRADIENT),
+            "dense, forward + gradient: deq_jax / jaxopt's Picard",
+            None,
             ratio(_OWN, "jaxopt, Picard"),
         ),
+    ),
+    *_targets(
+        "heterogeneous",
+        "forward + gradient",
         (
             "heterogeneous: deq_jax / best of the others within the tolerance",
-            *(0.35, "heterogeneous", _GRADIENT, ratio(_OWN, *_OTHERS, within=True)),
+            0.35,
+            ratio(_OWN, *_OTHERS, within=True),
         ),
+    ),
+    *_targets("nchw", "forward", ("nchw / nhwc", 1.3, ratio(["deq_jax, NCHW"], "deq_jax"))),
+    *_targets(
+        "shrinking",
+        "forward + gradient",
         (
-            *("solve: overhead over the cell as the library runs it", 1.15, "solve", _FORWARD),
-            over("deq_jax", lambda row: overhead(row, "prepared cell")),
-        ),
-        (
-            *("solve: overhead over the cell as written", None, "solve", _FORWARD),
-            over("deq_jax", lambda row: overhead(row, "cell")),
-        ),
-        ("nchw / nhwc", 1.3, "nchw", _FORWARD, ratio(["deq_jax, NCHW"], "deq_jax")),
-        (
-            *("shrinking / not, Picard", 0.4, "shrinking", _GRADIENT),
+            "shrinking / not, Picard",
+            0.4,
             ratio(["deq_jax, Picard, shrinking"], "deq_jax, Picard", as_accurate=False),
         ),
         (
-            *("shrinking / not, Anderson", None, "shrinking", _GRADIENT),
+            "shrinking / not, Anderson",
+            None,
             ratio(["deq_jax, shrinking"], "deq_jax", as_accurate=False),
         ),
-        ("products, prepared / not", None, "preparation", _GRADIENT, _PREPARED),
-    )
-)
+    ),
+    *_targets(
+        "preparation",
+        "forward + gradient",
+        ("products, prepared / not", None, beside("product", prepared_share)),
+    ),
+]
 
 
 def targets_table(document: Document) -> str:

@@ -263,13 +263,10 @@ def preparation(quick: bool) -> Cases:
     return {"forward + gradient": Case(problem, "gradient", ("deq_jax",), time_products=True)}
 
 
-WORKLOADS: dict[str, Callable[[bool], Cases]] = {
-    make.__name__: make
-    for make in (
-        *(solve, step, dense, heterogeneous, transformer, batch, width),
-        *(nchw, shrinking, precision, eager, preparation),
-    )
-}
+_MAKERS = (solve, step, dense, heterogeneous, transformer, batch, width, nchw, shrinking)
+_MAKERS += (precision, eager, preparation)
+
+WORKLOADS: dict[str, Callable[[bool], Cases]] = {make.__name__: make for make in _MAKERS}
 """`quick` -> the cases by name; quick ones are tiny."""
 
 AXES = {"batch": "batch size", "width": "width of the state"}
