@@ -15,7 +15,7 @@ def picard(f, z, *, damping=1.0, steps):
 
 
 def anderson(f, z, *, history, mixing, ridge, steps):
-    """The points at which Anderson acceleration evaluates f, for one sample `[D]`.
+    """The points at which Anderson acceleration evaluates f, for one sample `[D]`, real or complex.
 
     From the minimisation itself, in its KKT form and with the whole window computed anew each
     step: no ring, no scaling, no increments.
@@ -27,7 +27,7 @@ def anderson(f, z, *, history, mixing, ridge, steps):
         window_z = np.array(points[-history:])
         window_g = np.array(residuals[-history:])
         n = len(window_g)
-        gram = window_g @ window_g.T
+        gram = (window_g.conj() @ window_g.T).real
         kkt = np.zeros((n + 1, n + 1))
         kkt[0, 1:] = kkt[1:, 0] = 1
         kkt[1:, 1:] = gram + ridge * np.diag(np.diag(gram))

@@ -22,7 +22,7 @@ from deq_jax import (
 )
 from tests.reference import relative_error
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("x64")]
 
 TIGHT = {"tol": 1e-13, "max_iter": 200}
 CHOICES = {

@@ -146,6 +146,7 @@ def name(value):
     + [(*CASES[i], jnp.float16) for i in (0, 1, 2, 3, 4, 8, 10)],
     ids=name,
 )
+@pytest.mark.slow
 def test_forwards_and_backwards(dtype, solver, policy, u):
     given = problem(dtype)
     w, x, y = given["w"], given["x"], given["y"]

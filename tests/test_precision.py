@@ -37,6 +37,8 @@ from tests.test_half_precision import cell as half_cell
 from tests.test_half_precision import join as join_leaves
 from tests.test_half_precision import split as split_leaves
 
+pytestmark = pytest.mark.slow
+
 HALF = jnp.dtype(jnp.bfloat16)
 MIXED = Execution(cell_dtype=HALF)
 NARROW = Execution(cell_dtype=HALF, state_dtype=HALF)

@@ -92,6 +92,7 @@ def test_links_and_commands_exist():
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
+@pytest.mark.slow
 def test_the_stability_guide_runs():
     guide = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
@@ -106,6 +107,7 @@ def test_the_stability_guide_runs():
 
 
 @pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.slow
 def test_the_guide_to_sequences_runs():
     guide = (ROOT / "docs" / "sequences.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)

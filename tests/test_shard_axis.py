@@ -39,7 +39,7 @@ from tests.test_sharding import cell, dense, make_params, normal
 SHARDED = Execution(shard_axis="data")
 PICARD = Picard(tol=1e-13, max_iter=300)
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("x64")]
 
 
 def mesh(kind=AxisType.Auto):

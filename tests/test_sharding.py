@@ -293,6 +293,7 @@ def test_shard_map_of_an_f_that_communicates(solver):
 @pytest.mark.parametrize(
     "policy", [Phantom(3), Unrolled()], ids=lambda policy: type(policy).__name__
 )
+@pytest.mark.slow
 def test_shard_map_of_policies_that_differentiate_an_f_that_communicates(policy):
     params, x, weights = normal(3, 3) * 0.3, normal(8, 3), normal(8, 3, seed=2)
     x = x * jnp.linspace(0.01, 3, 8)[:, None]
@@ -311,6 +312,7 @@ def test_shard_map_of_policies_that_differentiate_an_f_that_communicates(policy)
 
 
 @pytest.mark.parametrize("backward", [GMRES(tol=1e-13), Picard(tol=1e-13, max_iter=300)], ids=repr)
+@pytest.mark.slow
 def test_shard_map_second_derivatives_in_reverse_mode(backward):
     params, x, cotangent = make_params(), normal(8, 3), normal(8, 3, seed=2)
 
@@ -389,6 +391,7 @@ def check_policies_on_eight_devices():
         print(name, "agrees")
 
 
+@pytest.mark.slow
 def test_every_policy_on_eight_devices():
     code = "from tests.test_sharding import check_policies_on_eight_devices as c; c()"
     environment = os.environ | {

@@ -185,6 +185,7 @@ def test_only_the_cost_changes(name, shrink_to):
         assert samples == left_by_phases(stats.iterations, shrink_to) + backward + again
 
 
+@pytest.mark.slow
 def test_the_cost_follows_the_mean_number_of_evaluations():
     params, x, _ = problem()
     counter = Counter()
@@ -252,6 +253,7 @@ def test_transposed_products_shrink_too():
 
 
 @each_solver
+@pytest.mark.slow
 def test_samples_that_diverge_or_do_not_converge(solver):
     params, x, cotangent = problem()
     x["input"] = x["input"].at[3].set(jnp.nan)
@@ -356,6 +358,7 @@ def test_an_f_that_uses_other_arrays_at_other_sizes():
         jax.jit(closure)(jnp.ones(3))
 
 
+@pytest.mark.slow
 def test_what_looks_like_mixing_and_is_not():
     """Sums of what is no sample's, sums nobody reads, and keys of each sample's own."""
     params, x, _ = problem()
@@ -412,6 +415,7 @@ def floats():
 
 
 @pytest.mark.parametrize("mode", ["jvp", "hvp", "reverse_twice", "vmap", "scan", "checkpoint"])
+@pytest.mark.slow
 def test_modes(mode):
     w, x, cotangent = floats()
     direction = jnp.asarray(normal(WIDTH, WIDTH, seed=5))
@@ -447,6 +451,7 @@ def test_modes(mode):
     both(locals()[mode], w, x, tolerance=1e-8)
 
 
+@pytest.mark.slow
 def test_hessian():
     w, x, cotangent = floats()
 
@@ -476,6 +481,7 @@ def test_hessian():
     ],
     ids=["SHINE", "SHINE by Picard", "GMRES", "OneStep", "Neumann", "Phantom", "samples"],
 )
+@pytest.mark.slow
 def test_policies_and_samples(options):
     w, x, cotangent = floats()
     with_probe = not isinstance(options.get("gradient"), Phantom)
@@ -495,6 +501,7 @@ def test_policies_and_samples(options):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "complex128", "mixed"])
+@pytest.mark.slow
 def test_dtypes_and_trees(dtype):
     """States of several leaves, of half precision, and complex; options of `Execution` together."""
     w, x, _ = floats()
@@ -581,6 +588,7 @@ def over_devices(function, in_specs, out_specs):
 
 
 @pytest.mark.parametrize("solver", [PICARD, SOLVERS["broyden"]], ids=["picard", "broyden"])
+@pytest.mark.slow
 def test_shard_map(solver):
     """Every device lets its own samples leave."""
     batch = 12
@@ -651,6 +659,7 @@ def test_an_f_that_communicates():
         over_devices(solve, P("data"), P("data"))(jnp.ones((8, 2)))
 
 
+@pytest.mark.slow
 def test_shard_axis():
     batch = 12
     _, x, _ = problem()
@@ -687,6 +696,7 @@ class LinenCell(nn.Module):
 
 
 @pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.slow
 def test_layers():
     _, x, _ = problem()
     x = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), x)

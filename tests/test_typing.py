@@ -110,6 +110,7 @@ def run(command, environment):
 
 
 @pytest.mark.parametrize("checker", [pyright, mypy])
+@pytest.mark.slow
 def test_user_code_has_no_errors_and_wrong_code_has_all(checker, tmp_path):
     """One run of each checker, which takes seconds to begin, for both files."""
     path = tmp_path / "wrong.py"
@@ -122,5 +123,6 @@ def test_user_code_has_no_errors_and_wrong_code_has_all(checker, tmp_path):
 
 
 @pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.slow
 def test_user_code_runs():
     runpy.run_path(str(USER_CODE), run_name="__main__")

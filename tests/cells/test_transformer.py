@@ -361,6 +361,7 @@ def test_weight_norm(x64):
 
 
 @pytest.mark.parametrize("options", [{}, MODERN])
+@pytest.mark.slow
 def test_gradients_are_those_of_the_implicit_function(options, x64):
     cell, x = make(0.3, **options, learn_residual_scale=True), sequence(3, 2)
     layer, cotangent = DEQ(cell, solver=SOLVER), normal(B, 3, D, seed=8)

@@ -32,7 +32,7 @@ from deq_jax import (
 from tests import reference
 from tests.reference import implicit_gradient, newton_equilibrium
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("x64")]
 
 BATCH, WIDTH = 8, 6
 SOLVERS = {

@@ -340,6 +340,7 @@ def test_what_f_reads_is_read_now(place, call):
     ],
 )
 @pytest.mark.parametrize("place", [bound_method_of_an_nnx_module, item_of_a_list])
+@pytest.mark.slow
 def test_every_way_of_calling_is_fresh(place, call):
     f, change = place()
     for gain in GAINS:
@@ -622,6 +623,7 @@ BIG = {
 
 
 @pytest.mark.parametrize("kind", BIG)
+@pytest.mark.slow
 def test_functions_made_anew_do_not_pile_up(kind):
     x, size = jnp.asarray(X), MIB_8 + len(kind)
     for index in range(12):
@@ -637,6 +639,7 @@ def gradient_by_x(f, x):
     return jax.grad(lambda x: deq_fixed_point(f, None, x, solver=SOLVER).sum())(x)
 
 
+@pytest.mark.slow
 def test_functions_made_anew_under_grad_do_not_pile_up():
     x, size = jnp.asarray(X), MIB_8 + 1
     for index in range(6):
@@ -646,6 +649,7 @@ def test_functions_made_anew_under_grad_do_not_pile_up():
     assert big_arrays_after_collecting(size) <= 2
 
 
+@pytest.mark.slow
 def test_clearing_jaxs_caches_frees_what_f_holds():
     size = MIB_8 + 2
     f = big_lambda(jnp.asarray(np.full(size, 0.3)))
@@ -657,6 +661,7 @@ def test_clearing_jaxs_caches_frees_what_f_holds():
     assert big_arrays_after_collecting(size) == 0
 
 
+@pytest.mark.slow
 def test_clearing_jaxs_caches_makes_f_be_traced_anew():
     params, x = jnp.asarray(0.35), jnp.asarray(X)
 

@@ -163,6 +163,7 @@ def test_the_batch_as_it_is_returned_is_the_solution(problem, solver):
 
 # Every problem and every solver, not each with each: the dtype changes nothing about their meeting.
 @pytest.mark.parametrize(("problem", "solver"), [*zip(PROBLEMS, [*NAMES, *NAMES], strict=False)])
+@pytest.mark.slow
 def test_in_float32(problem, solver):
     f, in_numpy, params, x = problem()
     params, x = params.astype(np.float32), x.astype(np.float32)
@@ -187,6 +188,7 @@ def test_in_float32(problem, solver):
         for solver in NAMES[number % 2 :: 2]
     ],
 )
+@pytest.mark.slow
 def test_never_called_converged_above_the_tolerance(problem, solver):
     """However few evaluations are allowed, and however loose the tolerance."""
     f, in_numpy, params, x = problem()

@@ -32,6 +32,8 @@ from deq_jax import (
 )
 from tests.reference import implicit_gradient, newton_equilibrium, relative_error
 
+pytestmark = pytest.mark.slow
+
 SOLVERS = {
     "Picard": Picard(tol=1e-11, max_iter=150),
     "Anderson": Anderson(tol=1e-11, max_iter=60),

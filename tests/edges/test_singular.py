@@ -127,6 +127,7 @@ def test_no_backward_solver_claims_a_wrong_gradient(name, batched):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_in_float32(name):
     policy = Implicit(backward_solvers(1e-4)[name])
     forward = Picard(tol=1e-6, max_iter=2000)
@@ -174,6 +175,7 @@ REGULAR = {"float64": (np.array([0.5, 0.99, 1 - 1e-4]), 1e-8), "float32": ([0.5,
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in SLOW])
+@pytest.mark.slow
 def test_a_regular_system_with_a_large_solution_is_converged(name, dtype):
     """Gains of 500 and 10,000 are far below 1 / √eps: nothing is wrong with these."""
     slopes, tol = REGULAR[dtype]

@@ -23,6 +23,8 @@ from deq_jax import (
 )
 from tests.reference import relative_error
 
+pytestmark = pytest.mark.slow
+
 SOLVERS = {
     "Picard": Picard(tol=1e-12, max_iter=150),
     "Anderson": Anderson(tol=1e-12, max_iter=60),

@@ -58,6 +58,7 @@ def weighted_sum(z, weights):
 
 
 @pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.slow
 def test_residual_cell_agrees_with_the_dense_solve():
     cell = ResNetCell(4, 6, groups=2, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     definition, params = nnx.split(cell)
@@ -85,6 +86,7 @@ def test_residual_cell_agrees_with_the_dense_solve():
 @pytest.mark.parametrize("seed", [0, 10])
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("backward", [None, Picard(tol=1e-13, max_iter=500)])
+@pytest.mark.slow
 def test_pytrees_params_inputs_and_closures(seed, batched, backward):
     params, x, z0 = tree_problem(seed)
     y = jax.tree.map(lambda z: normal(*z.shape, seed=5), z0)

@@ -261,6 +261,7 @@ def tree_problem():
 
 
 @pytest.mark.parametrize("name", EXACT)
+@pytest.mark.slow
 def test_pytrees_with_integers_and_keys(name):
     policy, solver = EXACT[name]
     params, extra, x, z, y, expected = tree_problem()
@@ -276,6 +277,7 @@ def test_pytrees_with_integers_and_keys(name):
 
 
 @pytest.mark.parametrize("name", EXACT)
+@pytest.mark.slow
 def test_closures_and_one_equation(name):
     """Everything that is differentiated is closed over, and the batch is one equation."""
     policy, solver = EXACT[name]
@@ -420,6 +422,7 @@ def test_unrolled_is_the_derivative_of_what_was_computed(name):
     ],
     ids=lambda solver: type(solver).__name__,
 )
+@pytest.mark.slow
 def test_unrolled_converged_is_the_dense_gradient(solver):
     params, x, y = problem()
     exact = solution(params, x)
@@ -438,6 +441,7 @@ SOLVERS = {
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.slow
 def test_unrolled_past_samples_that_stand_still(name):
     """Sample 0 starts where f(z) = z exactly, and its zeros pass through every later step."""
     x, y = normal(2, 3), normal(2, 3, seed=1)

@@ -11,6 +11,8 @@ from deq_jax.models.generation import generate, sample
 from deq_jax.stability import WeightNorm
 from tests.models.sequences import MODELS, MODERN, RELATIVE, ROTARY, B, V, call, make, tokens
 
+pytestmark = pytest.mark.slow
+
 COUNT = 4
 KEY = jax.random.key(3)
 FEW = {"cache_size": 2}

@@ -11,6 +11,8 @@ from deq_jax.stability import WeightNorm
 from tests.models.sequences import MODELS, RELATIVE, ROTARY, B, call, make, tokens
 from tests.reference import relative_error
 
+pytestmark = pytest.mark.slow
+
 LENGTH, PARTS = 6, (slice(0, 2), slice(2, 4), slice(4, 6))
 ALL = [
     *((name, 4 if name.endswith("transformer") else 1, {}) for name in MODELS),

@@ -25,6 +25,8 @@ from tests.models.sequences import (
 )
 from tests.reference import implicit_gradient, newton_equilibrium, relative_error
 
+pytestmark = pytest.mark.slow
+
 
 def cross_entropy(logits, targets):
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)

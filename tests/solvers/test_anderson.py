@@ -202,6 +202,19 @@ def test_complex_states():
     )
     np.testing.assert_allclose(z, np.linalg.solve(np.eye(8) - matrix, x.T).T, atol=1e-8)
     assert stats.residual.dtype == jnp.float64
+    # A pair of real numbers for each complex one: products are real, with weights that are.
+    solver = Anderson(history=3, ridge=1e-7)
+    points = points_evaluated(linear, jnp.asarray(matrix), jnp.asarray(x), solver, 9)
+    for i in range(2):
+        expected = anderson(
+            lambda z, i=i: matrix @ z + x[i],
+            np.zeros(8, complex),
+            history=3,
+            mixing=1.0,
+            ridge=1e-7,
+            steps=9,
+        )
+        np.testing.assert_allclose([point[i] for point in points], expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.usefixtures("x64")

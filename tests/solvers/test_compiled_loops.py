@@ -48,6 +48,7 @@ def loop_bodies(text):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.slow
 def test_no_stack_of_states_is_copied_in_a_loop(name):
     rng = np.random.default_rng(0)
     w = jnp.asarray(0.01 * rng.normal(size=(WIDTH, WIDTH)), jnp.float32)
