@@ -270,10 +270,6 @@ class TrainingConfig(Settings):
                 "backward: is the solver of gradient:implicit, not of other gradients",
             ),
             (
-                not getattr(self.gradient, "reuse", False) or isinstance(self.solver, Broyden),
-                "gradient.reuse needs solver:broyden, whose estimate of the inverse it reuses",
-            ),
-            (
                 most - tools.budget_drop >= tools.correction_states,
                 "stability.budget-drop and stability.correction-states leave nothing of "
                 f"solver.max-iter, {most}",
@@ -292,9 +288,10 @@ class TrainingConfig(Settings):
                 raise UsageError(message)
         try:
             policy = self.gradient_policy()
+            policy.check(self.solver)
             if isinstance(policy, Implicit):
                 policy.backward_solver(self.solver)
-        except ValueError as error:  # such as SHINE with another solver than Broyden's
+        except (TypeError, ValueError) as error:  # such as SHINE without Broyden's method
             raise UsageError(f"solver:, gradient: and backward: do not fit: {error}") from error
 
     @property

@@ -26,7 +26,10 @@ from experiments.train.metrics import Record, Totals
 from experiments.train.runs import RunFolder, flat_settings, write_atomically
 
 _REDRAW_SECONDS = 30.0
-_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
+_NOT_WRITABLE = (*_FULL, *_FORBIDDEN, *_NO_FOLDER)
 _BAR_SECONDS = 10.0
 """Between two refreshes of a bar that goes to a file, where each one is a line."""
 

@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import logging
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -219,13 +221,14 @@ class Checkpoints:
         """
         newest = self._manager.latest_step()
         try:
-            self._manager.save(
-                0 if newest is None else newest + 1,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_named_arrays(state)),
-                    progress=ocp.args.JsonSave(progress),
-                ),
-            )
+            with _orbax_silent():
+                self._manager.save(
+                    0 if newest is None else newest + 1,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(_named_arrays(state)),
+                        progress=ocp.args.JsonSave(progress),
+                    ),
+                )
         except (OSError, ValueError) as error:  # tensorstore raises ValueError for a full disk
             raise CheckpointError(
                 f"cannot write a checkpoint to {self._manager.directory}: {_first_line(error)}. "
@@ -248,7 +251,8 @@ class Checkpoints:
         failures: list[tuple[int, Exception]] = []
         for number in sorted(self._manager.all_steps(), reverse=True):
             try:
-                restored = self._restore(number, template)
+                with _orbax_silent():
+                    restored = self._restore(number, template)
             # Orbax and tensorstore raise errors of many classes for damaged files.
             except Exception as error:
                 failures.append((number, error))
@@ -297,8 +301,36 @@ class Checkpoints:
         self.close()
 
 
+@contextlib.contextmanager
+def _orbax_silent() -> Iterator[None]:
+    """Keeps Orbax and tensorstore from printing a traceback in each thread that meets an error.
+
+    The error is raised as well, and turned into one message.
+    """
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    logger.addFilter(_refuse)
+    sys.unraisablehook = lambda unraisable: (
+        None if "Event loop is closed" in str(unraisable.exc_value) else hook(unraisable)
+    )
+    try:
+        yield
+        # After an error it stays: tensorstore's futures outlive the event loop of a write that
+        # failed, and complain of that at any time until the process ends.
+        sys.unraisablehook = hook
+    finally:
+        logger.removeFilter(_refuse)
+
+
+def _refuse(record: logging.LogRecord) -> bool:
+    del record
+    return False
+
+
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    line = str(error).strip().partition("\n")[0]
+    if len(line) > 200:  # tensorstore names paths first, and the reason last
+        line = f"{line[:60]} ... {line[-135:]}"
+    return f"{type(error).__name__}: {line}"
 
 
 def _is_key(leaf: jax.Array) -> bool:
