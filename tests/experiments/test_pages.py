@@ -54,14 +54,22 @@ def test_every_picture_of_a_study_is_there():
 
 
 def memory_figures():
-    """Of the row on a language model, from the JSON."""
+    """Of the rows on memory, from the JSON."""
     part = memory.STUDY.load()["language"]
     column = part["depths"].index(30)
     unrolled, equilibrium = (
         f"{part['temporaries'][model][column] / 2**20:.0f}"
         for model in ("weight-tied", "DEQ, Anderson")
     )
-    return {"the same for a language model 128 wide, depth 30": f"{unrolled} / {equilibrium} MiB"}
+    images = memory.STUDY.load()["images"]
+    budgets = " / ".join(
+        f"{images['temporaries']['DEQ, Anderson'][images['depths'].index(budget)] / 2**20:.0f}"
+        for budget in (10, 200)
+    )
+    return {
+        "temporary memory of the gradient of the image network": f"{budgets} MiB",
+        "the same for a language model 128 wide, depth 30": f"{unrolled} / {equilibrium} MiB",
+    }
 
 
 def convergence_figures():
