@@ -218,30 +218,30 @@ def fit(
             started = time.monotonic() - progress.seconds
             looked = saved = time.monotonic()
             waited_for = None
-            bar = reporter.bar(epoch, steps_per_epoch, progress.position)
-            for batch in dataset.train_batches(
+            batches = dataset.train_batches(
                 config.batch_size, seed=config.seed, epoch=epoch, start=progress.position
-            ):
-                if stop.requested():
-                    break
-                step = epoch * steps_per_epoch + progress.position
-                phase = training_phase(config, step, steps) if config.stability else None
-                state, loss = compiled_step(phase)(state, place(batch, mesh, P("data")))
-                progress.position += 1
-                # Waiting for the step before keeps the device busy with this one, and keeps the
-                # host from queueing the whole epoch, after which nobody could stop it.
-                jax.block_until_ready(waited_for)
-                waited_for = loss
-                if time.monotonic() - looked >= _LOOK_SECONDS:
-                    totals = look(state, progress)
-                    bar.show(progress.position, totals)
-                    if progress.position >= _ENOUGH_STEPS:
-                        reporter.advise(epoch, totals)
-                    looked = time.monotonic()
-                if time.monotonic() - saved >= config.run.save_every:
-                    save()
-                    saved = time.monotonic()
-            bar.close()
+            )
+            with reporter.bar(epoch, steps_per_epoch, progress.position) as bar:
+                for batch in batches:
+                    if stop.requested():
+                        break
+                    step = epoch * steps_per_epoch + progress.position
+                    phase = training_phase(config, step, steps) if config.stability else None
+                    state, loss = compiled_step(phase)(state, place(batch, mesh, P("data")))
+                    progress.position += 1
+                    # Waiting for the step before keeps the device busy with this one, and keeps
+                    # the host from queueing the whole epoch, after which nobody could stop it.
+                    jax.block_until_ready(waited_for)
+                    waited_for = loss
+                    if time.monotonic() - looked >= _LOOK_SECONDS:
+                        totals = look(state, progress)
+                        bar.show(progress.position, totals)
+                        if progress.position >= _ENOUGH_STEPS:
+                            reporter.advise(epoch, totals)
+                        looked = time.monotonic()
+                    if time.monotonic() - saved >= config.run.save_every:
+                        save()
+                        saved = time.monotonic()
 
             # Its figures.
             totals = look(state, progress)

@@ -21,7 +21,7 @@ from deq_jax.stability import Limits
 from experiments.report.figures import draw_curves
 from experiments.train import metrics
 from experiments.train.config import Stability, TrainingConfig
-from experiments.train.errors import ExperimentError, MissingExtraError
+from experiments.train.errors import ExperimentError, MissingExtraError, Stopped
 from experiments.train.metrics import Record, Totals
 from experiments.train.runs import RunFolder, flat_settings, write_atomically
 
@@ -174,6 +174,9 @@ def exit_code() -> Iterator[list[int]]:
     code = [0]
     try:
         yield code
+    except Stopped as stopped:
+        print(stopped)
+        code[0] = stopped.exit_code
     except ExperimentError as error:
         print(f"error: {error}", file=sys.stderr)
         code[0] = error.exit_code
