@@ -297,18 +297,19 @@ def residual_traces(
 def backward_summary(trace: np.ndarray, tol: float) -> SolveSummary:
     """The figures of backward solves, for `deq_jax.diagnose`.
 
+    A sample that never had a finite residual counts as diverged.
+
     Args:
         trace: residuals `[evaluations, B]`, NaN after a sample's stop.
         tol: tolerance of the solve.
     """
     lowest = np.where(np.isfinite(trace), trace, np.inf).min(0)
     finite = lowest[np.isfinite(lowest)]
-    if finite.size == 0:
-        return SolveSummary()
     return SolveSummary(
         samples=len(lowest),
         converged=float((lowest <= tol).mean()),
-        residual_mean=float(finite.mean()),
+        diverged=len(lowest) - finite.size,
+        residual_mean=float(finite.mean()) if finite.size else float("nan"),
         residual_worst=float(lowest.max()),
     )
 

@@ -5,13 +5,12 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jinja2
 import markupsafe
 import numpy as np
 
-from deq_jax import Status
+from deq_jax import Finding, Status
 from experiments.report.measure import ENOUGH, Budgets, RocCurve, Solves, Spectra
 from experiments.report.subject import Subject
 
@@ -23,7 +22,7 @@ class Report:
     Attributes:
         title: heading of the page.
         subject: the network, its run and its examples.
-        findings: what is wrong; each has a `title`, `evidence`, and a sequence `advice`.
+        findings: what is wrong.
         solves: the answers to the examples.
         traces: from `residual_traces`.
         spectra: eigenvalues of the cell's Jacobian.
@@ -36,7 +35,7 @@ class Report:
 
     title: str
     subject: Subject
-    findings: Sequence[Any]
+    findings: Sequence[Finding]
     solves: Solves
     traces: Mapping[str, np.ndarray]
     spectra: Spectra
@@ -55,7 +54,7 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_url": data_url, "flagged": flagged}
+    environment.filters |= {"data_url": data_url, "with_code": with_code}
     statuses = {
         Status.CONVERGED: "converged",
         Status.MAX_ITER: "not converged",
@@ -71,7 +70,7 @@ def data_url(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
-def flagged(text: str) -> markupsafe.Markup:
-    """Escaped text whose flags are set as code, so that no line breaks at their hyphens."""
+def with_code(text: str) -> markupsafe.Markup:
+    """Escaped text, in which what stands in backticks is set as code."""
     code = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text)))
     return markupsafe.Markup(code)

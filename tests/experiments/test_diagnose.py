@@ -5,21 +5,20 @@ import dataclasses
 import html.parser
 import json
 import shutil
-import types
 
 import jax
 import numpy as np
 import pytest
-from experiments.train.image_presets import parse
 
-from deq_jax import Status
+from deq_jax import Finding, Status
+from deq_jax.stability import Severity
 from experiments import diagnose as script
 from experiments import image_classification
-from experiments.data.images import load_dataset
 from experiments.report import measure
 from experiments.report.examples import ImageExamples
 from experiments.report.page import render
 from experiments.report.trained import read_run
+from experiments.train.runs import flat_settings
 from tests.experiments.conftest import TINY
 
 PNG = b"\x89PNG"
@@ -30,7 +29,7 @@ SECTIONS = ["warnings", "residuals", "evaluations", "spectrum", "budget", "confi
 class Page(html.parser.HTMLParser):
     """The tags, ids, images, links and text of a page; it fails on tags that do not match.
 
-    `prose` is the text with single spaces for tags and white space.
+    `prose` is the text with single spaces for tags and white space, `code` what is set as code.
     """
 
     VOID = ("meta", "img", "br")
@@ -38,7 +37,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.ids, self.sources, self.links, self.text = [], [], [], [], ""
-        self.tags, self.prose = set(), ""
+        self.tags, self.prose, self.code = set(), "", []
         self.feed(text)
         self.close()
         self.prose = " ".join(self.prose.split())
@@ -62,6 +61,8 @@ class Page(html.parser.HTMLParser):
     def handle_data(self, data):
         self.text += data
         self.prose += f" {data}"
+        if self.open and self.open[-1] == "code":
+            self.code.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def trained(tmp_path_factory):
     """A finished run, in a folder whose name has to be escaped."""
     folder = tmp_path_factory.mktemp("runs") / "a<b>&'c\""
     with jax.numpy_dtype_promotion("standard"):
-        flags = [*TINY, "--validation-fraction=0.2", f"--run-dir={folder}"]
+        flags = [*TINY, "--data.validation=0.2", f"--run.dir={folder}"]
         assert image_classification.main(flags) == 0
     return folder
 
@@ -91,6 +92,9 @@ def test_report_of_a_run(trained, tmp_path, capsys, monkeypatch):
     for done in ("solved 40 images", "traced residuals", "found spectra", "tried other budgets"):
         assert any(line.startswith(done) for line in output)
     assert half_written.is_dir()
+    (report,) = reports
+    said = [str(finding) for finding in report.findings] or ["nothing to worry about"]
+    assert "\n".join(said) in "\n".join(output)
 
     page = Page((folder / "index.html").read_text(encoding="utf-8"))
     assert page.ids == SECTIONS
@@ -113,33 +117,32 @@ def test_report_of_a_run(trained, tmp_path, capsys, monkeypatch):
     assert {f"{name}.png" for name in names} <= beside.keys()
     assert len(embedded) == len(beside) + 24  # twelve images each
 
-    (report,) = reports
     restored = read_run(run)
-    evaluation = restored.experiment.dataset.evaluation
-    np.testing.assert_array_equal(
-        evaluation.labels[report.subject.examples.numbers], report.subject.examples.targets
-    )
-    np.testing.assert_array_equal(np.bincount(report.subject.examples.targets), [4] * 10)
+    images, labels = restored.dataset.evaluation_examples(np.arange(200))
+    chosen = report.subject.examples
+    np.testing.assert_array_equal(labels[chosen.numbers], chosen.targets)
+    np.testing.assert_array_equal(images[chosen.numbers], chosen.inputs)
+    np.testing.assert_array_equal(np.bincount(chosen.targets), [4] * 10)
     # The weights are those that the training evaluated at its end.
-    examples = ImageExamples(evaluation.images, evaluation.labels, white=16)
-    solves = measure.Network(restored.model(), examples).solves()
+    solves = measure.Network(restored.model, ImageExamples(images, labels, white=16)).solves()
     result = json.loads((trained / "result.json").read_text())
     assert solves.correct.mean() == pytest.approx(result["validation_accuracy"])
-    for name, value in solves.record().items():
-        assert value == pytest.approx(result[f"validation_{name}"], rel=1e-3)
+    summary = dataclasses.asdict(solves.summary())
+    names = ("converged", "diverged", "residual_mean", "residual_worst", "iterations")
+    for name in names:
+        assert summary[name] == pytest.approx(result[f"validation_forward_{name}"], rel=1e-3)
     assert list(report.budgets.budgets) == [2, 6, 12]
 
-    finding = types.SimpleNamespace(
-        title="<script>", evidence="1 < 2 & 3", advice=["raise --max-iter <n>"]
-    )
-    named = dataclasses.replace(report.subject.examples, classes=["<i>"] * 10)
-    subject = dataclasses.replace(report.subject, examples=named, no_backward="--gradient <none>")
+    advice = ("Raise `max_iter <n>`.",)
+    finding = Finding("<script>", Severity.WARNING, "1 < 2 & 3", advice)
+    named = dataclasses.replace(chosen, classes=["<i>"] * 10)
+    subject = dataclasses.replace(report.subject, examples=named, no_backward="No `<none>`.")
     traces = {"forward": report.traces["forward"]}
     changed = {"findings": [finding], "subject": subject, "traces": traces}
     page = Page(render(dataclasses.replace(report, **changed)))
-    for text in ("<script>", "1 < 2 & 3", "raise --max-iter <n>", "true <i>", "--gradient <none>"):
+    for text in ("<script>", "1 < 2 & 3", "Raise max_iter <n> .", "true <i>", "No <none> ."):
         assert text in page.prose
-    assert "code" in page.tags
+    assert {"max_iter <n>", "<none>"} <= set(page.code)
     assert not page.tags & {"script", "i"}
     page = Page(render(dataclasses.replace(report, findings=[])))
     assert "Nothing to worry about." in page.prose
@@ -161,11 +164,12 @@ def test_report_of_a_run(trained, tmp_path, capsys, monkeypatch):
     assert page.prose.count("residual inf diverged") == 24
 
 
-def settings(folder, **changes):
+def settings(folder, *words, **changes):
     """A folder with the settings of a run, and with a checkpoint that nobody can read."""
     (folder / "checkpoints" / "0").mkdir(parents=True)
-    config = dataclasses.asdict(parse(TINY)) | changes
-    (folder / "config.json").write_text(json.dumps({"config": config}))
+    config = flat_settings(image_classification.parse_arguments(words)) | changes
+    document = {"script": "image_classification", "arguments": words, "config": config}
+    (folder / "config.json").write_text(json.dumps(document))
     return folder
 
 
@@ -183,20 +187,23 @@ def test_folders_that_hold_no_run(tmp_path, capsys):
     assert not absent.exists()
     assert "there is no config.json in it" in complaint(capsys, f"--run={tmp_path}")
     flag = f"--run={tmp_path}"
-    for text in ("{", "[]", '{"size": 3}', '{"config": {}}', '{"config": [1]}'):
+    of_another = '{"script": "alchemy", "arguments": [], "config": {}}'
+    for text in ("{", "[]", '{"size": 3}', '{"config": {}}', '{"config": [1]}', of_another):
         (tmp_path / "config.json").write_text(text)
         assert "not that of a run of experiments.image_classification" in complaint(capsys, flag)
 
 
 def test_runs_that_cannot_be_diagnosed(tmp_path, capsys):
-    control = settings(tmp_path / "control", model="explicit")
-    assert "holds a control, --model explicit" in complaint(capsys, f"--run={control}")
+    control = settings(tmp_path / "control", "--model=explicit")
+    message = complaint(capsys, f"--run={control}")
+    assert "holds a control, --model explicit, which has no solver" in message
     newer = settings(tmp_path / "newer", gravity=9.81)
-    assert "unknown settings: gravity" in complaint(capsys, f"--run={newer}")
+    message = complaint(capsys, f"--run={newer}")
+    assert "a version with other defaults: gravity was 9.81, is now absent" in message
     empty = settings(tmp_path / "empty")
     (empty / "checkpoints" / "0").rmdir()
     assert "has no checkpoint yet" in complaint(capsys, f"--run={empty}")
-    mnist = settings(tmp_path / "mnist", preset="mnist", pool=7)
+    mnist = settings(tmp_path / "mnist", "mnist")
     message = complaint(capsys, f"--run={mnist}", "--data-dir=absent")
     assert "prepare_data mnist --data-dir absent" in message
     assert "--examples must be at least 1, got 0" in complaint(capsys, "--run=any", "--images=0")
@@ -209,15 +216,19 @@ def test_runs_that_cannot_be_diagnosed(tmp_path, capsys):
 def test_runs_that_do_not_fit(trained, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    config = json.loads((run / "config.json").read_text())
-    config["config"]["gradient"] = "phantom"  # whose state has no report of a backward solve
-    (run / "config.json").write_text(json.dumps(config))
-    assert "does not fit the settings in config.json" in complaint(capsys, f"--run={run}")
+    # Its state would have no report of a backward solve.
+    document = json.loads((run / "config.json").read_text())
+    document["arguments"].append("gradient:phantom")
+    config = image_classification.parse_arguments(document["arguments"])
+    (run / "config.json").write_text(json.dumps(document | {"config": flat_settings(config)}))
+    assert "can be read with these settings" in complaint(capsys, f"--run={run}")
+
+    load_images = image_classification.load_images
 
     def changed(*args, **kwargs):
-        dataset = load_dataset(*args, **kwargs)
-        dataset.train.images[0, 0, 0, 0] ^= 1
+        dataset = load_images(*args, **kwargs)
+        dataset._train.images[0, 0, 0, 0] ^= 1
         return dataset
 
-    monkeypatch.setattr(image_classification, "load_dataset", changed)
+    monkeypatch.setattr(image_classification, "load_images", changed)
     assert "was trained on other data" in complaint(capsys, f"--run={trained}")
