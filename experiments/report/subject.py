@@ -112,7 +112,8 @@ def findings(
     if "backward" in traces:
         tol = options["gradient"].backward_solver(config.solver).tol
         backward = measure.backward_summary(traces["backward"], tol)
-    found = diagnose(solves.summary(), backward, **options)
+    # Evaluation may have another budget than training.
+    found = diagnose(solves.summary(), backward, **options | {"solver": run.model.core.solver})
     if "backward" not in traces and history:
         names = ("converged", "diverged", "residual_mean", "residual_worst")
         newest = SolveSummary(**{name: history[-1].get(f"backward_{name}") for name in names})

@@ -11,14 +11,14 @@ from flax import nnx
 from deq_jax import Broyden
 from deq_jax.cells.trellis import TrellisState
 from deq_jax.models.deq_trellis import DEQTrellisNet
+from experiments import copy_memory
 from experiments import diagnose as script
 from experiments.report import examples as chosen
 from experiments.report import measure
 from experiments.report.page import render
 from experiments.report.trained import read_run
-from tests.experiments.runs import untrained
+from experiments.train.runs import RunFolder
 from tests.experiments.test_diagnose import PNG, SECTIONS, Page
-from tests.experiments.test_trained import COPY
 
 
 def judged(logits, targets):
@@ -40,7 +40,7 @@ def test_report_of_a_language_run(language_run, tmp_path, capsys, monkeypatch):
 
     # 24 of all windows of 8 characters, evenly over the text.
     run = read_run(language_run)
-    tokens, vocabulary = run.experiment.dataset.evaluation, run.experiment.dataset.vocabulary
+    tokens, vocabulary = run.dataset.text.evaluation, run.dataset.text.vocabulary
     total = (len(tokens) - 1) // 8
     numbers = report.subject.examples.numbers
     assert total > 24
@@ -50,7 +50,7 @@ def test_report_of_a_language_run(language_run, tmp_path, capsys, monkeypatch):
     windows = np.stack([tokens[8 * number : 8 * number + 9] for number in numbers])
     inputs, targets = windows[:, :-1], windows[:, 1:]
 
-    model = run.model()
+    model = run.model
     logits, stats = jax.jit(lambda tokens: model(tokens, return_stats=True))(jnp.asarray(inputs))
     right, losses = judged(logits, targets)
     assert report.solves.converged.all()
@@ -76,7 +76,7 @@ def test_report_of_a_language_run(language_run, tmp_path, capsys, monkeypatch):
     assert f"24 of the {total} windows of 8 characters in the validation text" in page.prose
     assert f"Right tokens {share:.1%}, loss {found.mean():.4f} nats a token." in page.prose
     assert "these are the eigenvalues of single positions" in page.prose
-    script_named = "The flags are those of experiments.language_model" in page.prose
+    script_named = "The flags of experiments.language_model have the same names" in page.prose
     assert script_named == bool(report.findings)
     assert "12 of 24 sequences have a low loss, 12 a high one." in page.prose
     for name, curve in report.curves.items():
@@ -97,25 +97,30 @@ def test_report_of_a_language_run(language_run, tmp_path, capsys, monkeypatch):
 
 
 def test_a_text_shorter_than_a_window(language_run):
-    experiment = read_run(language_run).experiment
-    tokens = experiment.dataset.evaluation[:6]
-    dataset = dataclasses.replace(experiment.dataset, evaluation=tokens)
-    examples = chosen.choose_windows(dataset, 8, 10)
+    text = read_run(language_run).dataset.text
+    tokens = text.evaluation[:6]
+    examples = chosen.choose_windows(dataclasses.replace(text, evaluation=tokens), 8, 10)
     np.testing.assert_array_equal(examples.inputs, [tokens[:5]])
     np.testing.assert_array_equal(examples.targets, [tokens[1:]])
 
 
-def test_copies_are_judged_by_the_symbols_asked_for(tmp_path):
-    experiment = untrained(tmp_path, "copy_memory", *COPY, "--heads=2", "--max-iter=8")
-    model = read_run(tmp_path).model()
-    examples = chosen.choose_copies(experiment.dataset, 2, 5)
+COPIES = ["--data.delay=3", "--data.shown=2", "--data.symbols=3", "--data.train=40"]
+COPIES += ["--data.test=7", "--batch-size=8", "--network.features=8", "--network.hidden-features=8"]
+COPIES += ["--solver.max-iter=8"]
+
+
+def test_copies_are_judged_by_the_symbols_asked_for():
+    config = copy_memory.parse_arguments(COPIES)
+    dataset, model = copy_memory.load(config, RunFolder("nowhere"))
+    model.eval()
+    examples = chosen.choose_copies(dataset, 2, 5)
     solves = measure.Network(model, examples).solves()
-    evaluation = experiment.dataset.evaluation
-    right, losses = judged(model(jnp.asarray(evaluation.inputs[:5]))[:, -2:], solves.labels)
-    np.testing.assert_array_equal(solves.labels, evaluation.inputs[:5, :2])
+    inputs = dataset.test[:5]
+    right, losses = judged(model(jnp.asarray(inputs))[:, -2:], solves.labels)
+    np.testing.assert_array_equal(solves.labels, inputs[:, :2])
     np.testing.assert_array_equal(solves.correct, right)
     np.testing.assert_allclose(solves.loss, losses, rtol=1e-4)
-    one, other = map(str, evaluation.inputs[3, :2])
+    one, other = map(str, inputs[3, :2])
     guess = "".join(map(str, solves.predicted[3]))
     shown = f"given     {one}{other}00400\nasked for {one}{other}\nanswered  {guess}"
     assert examples.show(examples.inputs[3], solves.labels[3], solves.predicted[3]) == shown

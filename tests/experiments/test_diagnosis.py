@@ -1,32 +1,41 @@
 """What a diagnosis measures against independent numbers, and its figures."""
 
 import dataclasses
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from experiments.train.image_experiment import build_model
-from experiments.train.image_presets import parse
 
 from deq_jax import Anderson, Status
-from experiments.data.images import load_dataset
-from experiments.report import figures, measure
+from deq_jax.stability import Severity
+from experiments.data.images import load_images
+from experiments.image_classification import build_model, parse_arguments
+from experiments.report import figures, measure, subject
 from experiments.report.examples import ImageExamples
+from experiments.train.loop import Progress
 from tests.experiments.conftest import TINY
 
+digits = functools.cache(load_images)
 
-def network(count, scale=1.0, **changes):
-    """A network at its initialisation with the cell's kernels scaled, and `count` images."""
-    config = dataclasses.replace(parse(TINY), **changes)
-    dataset = load_dataset("digits", train_examples=200)
-    model = build_model(config, dataset)
+
+def network(count, *flags, scale=1.0):
+    """A network at its initialisation with the cell's kernels scaled, and `count` images.
+
+    The flags come in the place of those of TINY with the same names.
+    """
+    names = {flag.partition("=")[0] for flag in flags}
+    kept = [flag for flag in TINY if flag.partition("=")[0] not in names]
+    dataset = digits("digits", train_examples=200)
+    model = build_model(parse_arguments([*flags, *kept]), dataset)
     model.eval()
     for convolution in (model.core.cell.conv1, model.core.cell.conv2):
         convolution.kernel[...] = scale * convolution.kernel[...]
-    few = dataset.evaluation.take(np.arange(count))
-    examples = ImageExamples(few.images, few.labels, white=16)
-    return model, examples, jnp.asarray(np.float32(examples.inputs) / np.float32(16))
+    images, labels = dataset.evaluation_examples(np.arange(count))
+    examples = ImageExamples(images, labels, white=16)
+    return model, examples, jnp.asarray(np.float32(images) / np.float32(16))
 
 
 def solves_of(correct, residual=None):
@@ -85,31 +94,84 @@ def test_order_of_the_images():
         status=np.array([0, 2, 1, 0, 1]),
     )
     np.testing.assert_array_equal(solves.hardest_first(), [1, 2, 4, 3, 0])
-    assert solves.record() == {
-        "forward_iterations": pytest.approx(5.6),
-        "forward_residual_mean": pytest.approx(0.93 / 4),
-        "forward_residual_worst": np.inf,
-        "forward_converged": pytest.approx(0.4),
-        "forward_diverged": 1,
+    assert figures_of(solves.summary()) == {
+        "samples": 5,
+        "converged": pytest.approx(0.4),
+        "diverged": 1,
+        "residual_mean": pytest.approx(0.93 / 4),
+        "residual_worst": np.inf,
+        "iterations": pytest.approx(5.6),
     }
 
 
-def test_backward_record():
+def figures_of(summary):
+    """The figures of a summary that are known."""
+    found = dataclasses.asdict(summary)
+    return {name: value for name, value in found.items() if not np.isnan(value)}
+
+
+def test_summary_of_backward_solves():
     nan = np.nan
     trace = np.array([[1.0, 0.5, np.inf, nan], [0.1, 0.9, nan, nan], [nan, 0.3, nan, nan]])
-    record = measure.backward_record(trace, 0.1)
-    assert record == {
-        "backward_residual_mean": pytest.approx(0.2),
-        "backward_residual_worst": np.inf,
-        "backward_converged": pytest.approx(1 / 4),
+    assert figures_of(measure.backward_summary(trace, 0.1)) == {
+        "samples": 4,
+        "converged": pytest.approx(1 / 4),
+        "diverged": 2,
+        "residual_mean": pytest.approx(0.2),
+        "residual_worst": np.inf,
     }
-    assert measure.backward_record(np.full((3, 2), nan), 0.1) == {}
+    assert figures_of(measure.backward_summary(np.full((3, 2), nan), 0.1)) == {
+        "samples": 2,
+        "converged": 0,
+        "diverged": 2,
+        "residual_worst": np.inf,
+    }
 
 
-@pytest.mark.parametrize("tools", [{}, {"normalization": "weight", "start": "learned"}])
+def test_findings_about_every_kind_of_figure():
+    """The backward solves are those of the newest epoch where they have no trace."""
+    config = parse_arguments([*TINY, "backward:gmres"])
+    bad = {"backward_converged": 0.1, "backward_residual_mean": 0.3, "backward_diverged": None}
+    history = [{"epoch": 6, "backward_converged": 1.0}, {"epoch": 7} | bad]
+    core = types.SimpleNamespace(solver=dataclasses.replace(config.solver, max_iter=40))
+    model = types.SimpleNamespace(core=core)  # whose budget in evaluation is another
+    run = types.SimpleNamespace(config=config, model=model, progress=Progress(history=history))
+    failed = solves_of([True] * 30, np.full(30, np.inf))
+    fine = solves_of([True] * 30)
+    spectra = measure.Spectra(np.full(3, 2.0), np.zeros(3), np.ones(3, bool), {}, {}, {})
+    known = np.array([2, 6])
+    falling = measure.Budgets(known, np.array([0.9, 0.5]), known, known, known, trained=2)
+
+    def found(solves, traces, history=history):
+        run.progress.history = history
+        return subject.findings(run, solves, traces, spectra, falling)
+
+    titles = ["Gradients are inexact", "The cell does not contract"]
+    titles += ["Accuracy falls when the solver goes on"]
+    untraced = found(fine, {})
+    assert [one.title for one in untraced] == titles
+    assert untraced[0].evidence.startswith("In epoch 7 of the training: 10.0% of the backward ")
+    assert "GMRES" not in "".join(untraced[0].advice)  # it is in use
+    assert untraced[2].evidence.startswith("Accuracy is 90.0% with at most 2 evaluations and 50.0%")
+    assert [one.title for one in found(fine, {}, [])] == titles[1:]
+    few = dataclasses.replace(fine, status=np.full(30, Status.MAX_ITER))
+    assert "above 40" in str(found(few, {})[0])
+    traced = found(failed, {"backward": np.full((6, 4), np.nan)})
+    assert [one.title for one in traced if one.severity == Severity.ERROR] == [
+        "Some forward solves became NaN or infinite",
+        "Some backward solves became NaN or infinite",
+    ]
+    assert [one.title for one in traced][-2:] == titles[1:]
+
+
+LIMITS = ["--solver.tol=0.01", "--solver.max-iter=9"]
+TOOLS = ["stability:on", "stability.normalization:weight", "--stability.start=learned"]
+
+
+@pytest.mark.parametrize("tools", [[], TOOLS], ids=["plain", "tools"])
 def test_solves_and_budgets_are_those_of_direct_solves(tools):
     # 40 images are a full batch and one that has to be filled up.
-    model, examples, pixels = network(40, scale=2.0, tol=0.01, max_iter=9, **tools)
+    model, examples, pixels = network(40, *LIMITS, *tools, scale=2.0)
     looked_at = measure.Network(model, examples)
     logits, stats = model(pixels, return_stats=True)
     solves = looked_at.solves()
@@ -141,15 +203,16 @@ def test_solves_and_budgets_are_those_of_direct_solves(tools):
 
 
 def test_newton_is_not_tried_with_budgets_that_take_forever():
-    model, examples, _ = network(3, solver="newton_krylov")
+    model, examples, _ = network(3, "solver:newton")
     looked_at = measure.Network(model, examples)
     looked_at._all = lambda answer: solves_of([True, False, True])
     np.testing.assert_array_equal(looked_at.budgets((2, 25, 50)).budgets, [2, 6, 25])
 
 
 def test_spectra_are_those_of_the_dense_jacobian():
-    sizes = {"channels": 4, "inner_channels": 4}
-    model, examples, pixels = network(5, scale=60.0, tol=1e-3, max_iter=100, **sizes)
+    flags = ["--network.channels=4", "--network.inner-channels=4"]
+    flags += ["--solver.tol=1e-3", "--solver.max-iter=100"]
+    model, examples, pixels = network(5, *flags, scale=60.0)
     looked_at = measure.Network(model, examples)
     order = np.array([3, 1, 4, 0, 2])
     spectra = looked_at.spectra(order, count=3)
