@@ -27,6 +27,7 @@ from deq_jax.models.conv_deq import count_parameters
 from experiments import copy_memory, language_model
 from experiments.report.trained import read_state
 from experiments.studies.tables import Command, Document, Part, Study, markdown_table, origin
+from experiments.train.errors import NonFiniteError
 from experiments.train.runs import RunFolder
 from experiments.train.stability import training_phase
 from experiments.train.step import make_train_step
@@ -116,23 +117,29 @@ class Config(Command):
     seeds: int = 3
 
 
-def train(part: str, folder: pathlib.Path, flags: Sequence[str], config: Config) -> dict[str, Any]:
-    """The figures of a finished training; trains, or goes on, where there are none."""
-    if (result := RunFolder(folder).read_result()) is not None:
-        return result
+def train(
+    part: str, folder: pathlib.Path, flags: Sequence[str], config: Config
+) -> dict[str, Any] | None:
+    """The figures of a training, which begins, goes on, or is finished; None if it diverges.
+
+    Raises:
+        SystemExit: it was stopped, or the folder holds a run with other settings.
+    """
     words = [*flags, f"--run.dir={folder}"]
     if part == "language" and config.data_dir is not None:
         words.append(f"--data.dir={config.data_dir}")
     print(f"\n{folder}: {' '.join(flags)}", flush=True)
-    if code := SCRIPTS[part].main(words):
+    code = SCRIPTS[part].main(words)
+    if code not in (0, NonFiniteError.exit_code):
         raise SystemExit(code)
-    result = RunFolder(folder).read_result()
-    assert result is not None
-    return result
+    return RunFolder(folder).read_result()
 
 
-def tune(part: str, name: str, config: Config) -> dict[str, float]:
-    """The validation loss of each trial of a network, the first seed each; none for one trial."""
+def tune(part: str, name: str, config: Config) -> dict[str, float | None]:
+    """The validation loss of each trial of a network; none where nothing is tuned.
+
+    A trial is trained with the first seed. One that diverges has no loss.
+    """
     network = NETWORKS[part][name]
     if len(network.trials) == 1:
         return {}
@@ -140,7 +147,8 @@ def tune(part: str, name: str, config: Config) -> dict[str, float]:
     for trial, flags in network.trials.items():
         folder = pathlib.Path(config.runs, part, _slug(name), _slug(trial))
         held_out = ("--data.validation=0.1", *network.flags, *flags)
-        losses[trial] = train(part, folder, held_out, config)["validation_loss"]
+        result = train(part, folder, held_out, config)
+        losses[trial] = None if result is None else result["validation_loss"]
     return losses
 
 
@@ -150,12 +158,16 @@ def measure(part: str, config: Config) -> Part:
     timed: dict[str, Callable[[], list[float]]] = {}
     for name, network in NETWORKS[part].items():
         trials = tune(part, name, config)
-        chosen = min(trials, key=trials.__getitem__) if trials else next(iter(network.trials))
+        losses = {trial: loss for trial, loss in trials.items() if loss is not None}
+        chosen = min(losses, key=losses.__getitem__) if losses else next(iter(network.trials))
         finals, folders = [], []
         for seed in range(config.seeds):
             folders.append(pathlib.Path(config.runs, part, _slug(name), f"seed-{seed}"))
             flags = (*network.flags, *network.trials[chosen], f"--seed={seed}")
-            finals.append(train(part, folders[-1], flags, config))
+            final = train(part, folders[-1], flags, config)
+            if final is None:
+                raise SystemExit(f"{folders[-1]}: the loss became NaN or infinite")
+            finals.append(final)
         split = SPLITS[part]
         row: dict[str, Any] = {
             "trials": trials,
@@ -183,9 +195,9 @@ def _timer(folder: pathlib.Path, row: dict[str, Any]) -> Callable[[], list[float
     optimizer = config.optim.optimizer(steps)
     step = make_train_step(config, run.model, optimizer, phase, None, dataset.white)
     batch = next(dataset.train_batches(config.batch_size, seed=config.seed, epoch=0))
-    compiled = step.lower(state, batch).compile()
+    step = step.lower(state, batch).compile()
     row["parameters"] = count_parameters(run.model)
-    row["memory"] = compiled.memory_analysis().temp_size_in_bytes
+    row["memory"] = step.memory_analysis().temp_size_in_bytes
 
     def seconds() -> list[float]:
         nonlocal state
@@ -224,7 +236,7 @@ def _table(part: Part) -> str:
     text = markdown_table(columns, table)
     if trials := {name: row["trials"] for name, row in part["rows"].items() if row["trials"]}:
         cells = [
-            [name, ", ".join(f"{trial}: {loss:.4f}" for trial, loss in losses.items())]
+            [name, ", ".join(f"{trial}: {_loss(loss)}" for trial, loss in losses.items())]
             for name, losses in trials.items()
         ]
         text += "\n\nLosses of the trials on the validation part of the training text, one seed:\n"
@@ -232,6 +244,10 @@ def _table(part: Part) -> str:
     seeds = len(next(iter(part["rows"].values()))["losses"])
     what = "one seed" if seeds == 1 else f"mean and standard deviation of {seeds} seeds"
     return f"{text}\n\nLosses are of {what}. {origin(part['context'])}"
+
+
+def _loss(loss: float | None) -> str:
+    return "diverged" if loss is None else f"{loss:.4f}"
 
 
 STUDY = Study("controls", render)
