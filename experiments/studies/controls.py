@@ -242,8 +242,8 @@ def _table(part: Part) -> str:
         text += "\n\nLosses of the trials on the validation part of the training text, one seed:\n"
         text += f"\n{markdown_table(['network', 'trials'], cells)}"
     seeds = len(next(iter(part["rows"].values()))["losses"])
-    what = "one seed" if seeds == 1 else f"mean and standard deviation of {seeds} seeds"
-    return f"{text}\n\nLosses are of {what}. {origin(part['context'])}"
+    what = "of one seed" if seeds == 1 else f"means and standard deviations of {seeds} seeds"
+    return f"{text}\n\nLosses are {what}. {origin(part['context'])}"
 
 
 def _loss(loss: float | None) -> str:

@@ -124,6 +124,20 @@ def test_nothing_is_trained_twice(measured):
     assert again == 1  # the trial that diverged, from its last checkpoint on
 
 
+def test_a_finished_run_with_other_settings_is_not_taken(measured, capsys):
+    folder, _, _ = measured
+    run = folder / "language" / "deq" / "seed-0"
+    words = json.loads((run / "config.json").read_text())["arguments"]
+    flags = [word for word in words if not word.startswith("--run.dir")]
+    result = controls.train("language", run, flags, controls.Config())
+    assert result == json.loads((run / "result.json").read_text())
+    changed = [word.replace("--batch-size=4", "--batch-size=5") for word in flags]
+    with pytest.raises(SystemExit) as stopped:
+        controls.train("language", run, changed, controls.Config())
+    assert stopped.value.code == 2
+    assert "batch_size was 4, is now 5" in capsys.readouterr().err
+
+
 def test_a_page_shows_what_is_kept(measured):
     folder, _, _ = measured
     text, rows = (folder / "docs" / "page.md").read_text(), kept(folder)
@@ -156,7 +170,7 @@ def test_losses_are_shown_with_the_deviation_of_a_sample():
     assert "| three | 2.5 ± 2 | 12,345 | - | 0.300 | 3 MiB | 3.0 |" in text
     assert "| one | 0.1235 | 12,345 | 3.0 / 4.3 | 0.300 | 3 MiB | 3.0 |" in text
     assert "| three | a: 0.2500 |" in text
-    assert "mean and standard deviation of 3 seeds" in text
+    assert "Losses are means and standard deviations of 3 seeds." in text
 
 
 def settings_of_trials():
