@@ -5,7 +5,7 @@
     python -m experiments.copy_memory --model lstm --network.hidden-features 53
 
 The first word is a preset: cpu (a delay of 100, the default) or accelerator (400, the paper's). The
-same command again goes on with a run that was interrupted.
+same command again resumes a run that was interrupted.
 
 A sequence of T + 20 tokens begins with 10 symbols from 1 to 8. Then there are zeros, and a 9 at
 position T + 10, after which the symbols are asked for: targets are zeros, and the 10 symbols at the

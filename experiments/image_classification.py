@@ -6,11 +6,12 @@
     python -m experiments.image_classification --data.name FOLDER --data.size 32
     python -m experiments.image_classification solver:broyden --solver.memory 10 --optim.lr 2e-3
 
-The first word is a preset: digits (the default), mnist or cifar10. The same command again goes on
-with a run that was interrupted.
+The first word is a preset: digits (the default), mnist or cifar10. The same command again resumes a
+run that was interrupted. `--help` lists the settings, `--help-verbose` explains them, and
+`solver:broyden --help` lists those of a choice.
 
-Leaves in the run's folder: `config.json`, `metrics.jsonl` (a line an epoch), `checkpoints/`,
-`curves.png`, `residuals.png`, and when it is finished `result.json`.
+The folder of the run gets `config.json`, `metrics.jsonl` (a line per epoch), `checkpoints/`,
+`curves.png`, `residuals.png` (of `--model deq`), and at the end `result.json`.
 """
 
 import dataclasses
@@ -40,7 +41,8 @@ class ImageData(Settings):
         name: digits, a prepared data set such as mnist or cifar10, or a folder with a folder of
             image files for each class (or with two such, train and test).
         dir: folder of prepared data sets. None: $TFDS_DATA_DIR or ~/tensorflow_datasets.
-        size: side to which the images of a folder are resized. None: they have one size.
+        size: side to which the images of a folder are resized. With None, all images must have the
+            same size.
         train: train on a stratified subset of this size, drawn by --seed. None: all.
         eval: report on a stratified subset of this size, the same one in every run. None: all, or
             with --data.train at most as many as are trained on.
@@ -66,7 +68,7 @@ class Network(Settings):
         groups: groups of the cell's GroupNorms; divides both.
         pool: side of the average pool before the classifier; divides the image's sides.
         kernel_std: standard deviation of the cell's initial kernels.
-        dropout: rate of variational dropout inside the cell, one mask a solve.
+        dropout: rate of variational dropout inside the cell, with one mask for each solve.
     """
 
     channels: Count = 32
@@ -178,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     config = parse_arguments(arguments)
     with exit_code() as code:
-        folder = pathlib.Path(config.data.name).name
+        folder = pathlib.Path(config.data.name).expanduser().resolve().name
         result = train("image_classification", config, arguments, load, folder)
         name = result["evaluation"]
         print(f"{name} accuracy {result[f'{name}_accuracy']:.3f}")

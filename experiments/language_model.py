@@ -5,7 +5,7 @@
     python -m experiments.language_model --data.name FILE.txt --data.level words
 
 The first word is a preset: cpu (a context of 64 characters, the default) or accelerator (256). The
-same command again goes on with a run that was interrupted.
+same command again resumes a run that was interrupted.
 
 Leaves in the run's folder: `config.json`, `vocabulary.json`, `metrics.jsonl` (a line an epoch),
 `checkpoints/`, `curves.png`, `residuals.png`, and when it is finished `result.json`.

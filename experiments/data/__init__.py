@@ -14,7 +14,7 @@ class Batch(NamedTuple):
         targets: `[B]` int32 classes, or `[B, L]` where each position is to predict one.
         counts: boolean, of the targets' shape: False for what fills up the last batch of an
             evaluation, whose predictions do not count.
-        first: boolean `[B]`: the sequence begins here, and what is in memory is of another. None
+        first: boolean `[B]`: True where a new sequence begins, so that its memory is cleared. None
             where nothing is carried from batch to batch.
     """
 

@@ -1,4 +1,4 @@
-"""Images in batches: whole in memory if they fit, else decoded on the way by Grain.
+"""Images in batches: whole in memory if they fit, else decoded on demand by Grain.
 
     dataset = load_images("cifar10", data_dir=DIR, validation_fraction=0.1)
     for batch in dataset.train_batches(128, seed=0, epoch=0):
@@ -83,7 +83,7 @@ def load_images(
         split, reported, train = "train", train[held_out], train[rest]
     if train_examples is not None and train_examples > len(train):
         raise UsageError(
-            f"--data.train must be at most {len(train)}, which is what {name} has to train on, "
+            f"--data.train must be at most {len(train)}, the number of training examples of {name}, "
             f"got {train_examples}"
         )
     if train_examples is not None and train_examples < len(train):

@@ -78,7 +78,7 @@ class Settings:
 
 
 def choice(name: str, default: Any) -> Any:
-    """One of the dataclasses that a setting may be, under its name on the command line."""
+    """One alternative of a choice, with its name on the command line."""
     return Annotated[type(default), tyro.conf.subcommand(name, default=default, description=" ")]
 
 
@@ -122,8 +122,8 @@ class Optim(Settings):
         lr: largest learning rate.
         final_lr: the rate at the end of the cosine.
         warmup: steps in which the rate rises to its largest.
-        clip: largest norm of the gradient, which is scaled down where it is larger. None: any.
-        weight_decay: of matrices.
+        clip: largest norm of the gradient. With None the gradient is never clipped.
+        weight_decay: of matrices and convolution kernels.
         beta2: Adam's second decay rate.
     """
 
@@ -135,14 +135,14 @@ class Optim(Settings):
     beta2: Rate = 0.999
 
     def schedule(self, steps: int) -> optax.Schedule:
-        """The learning rate at each of so many steps."""
+        """The learning rate at each step of a training of `steps` steps."""
         warmup = min(self.warmup, steps - 1)
         return optax.warmup_cosine_decay_schedule(
             self.lr / (warmup + 1), self.lr, warmup, steps, self.final_lr
         )
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """The optimiser of a training of so many steps."""
+        """The optimiser of a training of `steps` steps."""
         adam = optax.adamw(
             self.schedule(steps),
             b2=self.beta2,
@@ -159,20 +159,20 @@ class Stability(Settings):
     """What keeps equilibria findable while the weights change; see docs/stability.md.
 
     Attributes:
-        jacobian: penalty on the size of the cell's Jacobian; without one its weight is 0.
+        jacobian: penalty on the size of the cell's Jacobian. Weight 0 switches it off.
         normalization: of the cell's kernels, once a step.
-        correction_states: states of the solver's trajectory that the loss looks at, the last one
-            being the answer; those before it are differentiated through one step.
-        correction_gamma: each of them weighs this much less than the one after it.
+        correction_states: number of solver states in the loss. The last is the equilibrium; earlier
+            ones get one-step gradients.
+        correction_gamma: weight of a state relative to the one after it.
         start: start of a training solve: zeros; cell, one application of it; mixed, random normal
             entries or zeros; learned, a layer of its own. Evaluation starts from that layer or
             from zeros.
         start_weight: weight of the distance from a learned start to the equilibrium in the loss.
-        pretrain_steps: train so many steps by backpropagation through a stack of cells before the
-            solver takes over.
+        pretrain_steps: number of first steps that are trained by backpropagation through a stack of
+            cells, before the solver takes over.
         pretrain_depth: cells in that stack.
-        budget_drop: draw the solver's budget of a step from its max_iter less up to so many
-            evaluations. Each budget is compiled once.
+        budget_drop: the solver's max_iter is lowered in each step, at random by at most this much.
+            Each budget is compiled once.
         first_tol: tolerance of the first stage of training, from which it falls geometrically to
             that of the solver. None: one tolerance.
         tol_stages: stages of equal length in which it falls.
@@ -227,9 +227,9 @@ class TrainingConfig(Settings):
         eval_batch_size: examples evaluated at once.
         eval_every: epochs between evaluations.
         seed: seed of weights, order and dropout.
-        devices: split each batch over so many.
-        precision: of the solve.
-        shrink_to: let finished samples leave, down to this.
+        devices: number of devices that share each batch.
+        precision: float32; mixed (cell in bfloat16); bfloat16 (state too).
+        shrink_to: remove finished samples from the solve until this many are left.
         solver: how the equilibrium is found.
         gradient: how gradients pass through it.
         backward: solver of gradient:implicit; same as forwards.
@@ -365,7 +365,7 @@ def parse(
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     preset = words.pop(0) if words and words[0] in presets else next(iter(presets))
-    # With help for a choice its flags come after it; otherwise flags and choices mix in any order.
+    # With --help, tyro shows the flags of a choice only if they follow it.
     asks_help = {"-h", "--help", "-H", "--help-verbose"} & set(words)
     mixed = () if asks_help else (tyro.conf.CascadeSubcommandArgs,)
     return tyro.cli(

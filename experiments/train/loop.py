@@ -1,4 +1,4 @@
-"""The training loop: epochs of steps that can be interrupted and gone on with at any step."""
+"""The training loop. It can be interrupted and resumed at any step."""
 
 import contextlib
 import dataclasses
@@ -38,7 +38,7 @@ from experiments.train.step import (
 )
 
 _LOOK_SECONDS = 0.25
-"""How often the loop waits for the device, to show where it is and whether the loss is finite."""
+"""How often the totals are copied from the device, to show them and to see a loss that is NaN."""
 
 _ENOUGH_STEPS = 10
 """Steps of an epoch after which its figures say something."""
@@ -48,10 +48,10 @@ _TRACED = 64
 
 
 class Dataset(Protocol):
-    """What is trained on; any class with these.
+    """The data that `train` needs. Any class with these members fits.
 
     Attributes:
-        evaluation_name: what the examples are that are reported on, such as `test`.
+        evaluation_name: name of the split that is evaluated, such as `test`.
         white: value of a white pixel, for images; 1 for all else.
     """
 
@@ -59,7 +59,7 @@ class Dataset(Protocol):
     white: int
 
     def checksum(self) -> int:
-        """A number that tells it from other data."""
+        """A checksum. A run is resumed only if it is unchanged."""
 
     def describe(self) -> str:
         """What the data are, in a line."""
@@ -88,7 +88,7 @@ class Progress:
         position: steps taken in the current epoch.
         seconds: time spent on the current epoch so far.
         history: one record for each finished epoch.
-        data: checksum of the data; with others the run would not be the same.
+        data: checksum of the data. A run with another checksum is refused.
     """
 
     epoch: int = 0
@@ -105,7 +105,7 @@ def train(
     load: Callable[[Any, RunFolder], tuple[Dataset, Any]],
     folder: str,
 ) -> Record:
-    """Trains, or goes on with training, in the folder of the run, and leaves its figures there.
+    """Trains, or resumes a training, in the folder of the run, and leaves its figures there.
 
     Args:
         script: name of the command in `experiments`.
@@ -115,7 +115,8 @@ def train(
         folder: folder of the run in runs/ where the settings name none.
 
     Returns:
-        The figures of the last epoch, and under `evaluation` what they are of.
+        The figures of the last epoch; `evaluation` names the evaluated split, `test` or
+        `validation`.
 
     Raises:
         ExperimentError: something the user can put right; the message says what.
@@ -144,7 +145,7 @@ def train(
 def fit(
     config: TrainingConfig, model: Any, dataset: Dataset, run: RunFolder
 ) -> tuple[Any, list[Record]]:
-    """Trains a network, or goes on with its training, to the last epoch.
+    """Trains a network, or resumes its training, to the last epoch.
 
     Args:
         config: the settings.
@@ -161,7 +162,7 @@ def fit(
         NonFiniteError: a loss or gradient was not finite. Nothing of it is saved.
         ExperimentError: something else that the user can put right.
     """
-    # What is compiled: a step and an evaluation for each phase that comes up.
+    # Each phase compiles its own step and evaluation, at first use.
     mesh = device_mesh(config.devices)
     steps_per_epoch = dataset.steps_per_epoch(config.batch_size)
     steps = config.epochs * steps_per_epoch
@@ -247,8 +248,13 @@ def fit(
             totals = look(state, progress)
             evaluated: Record | None = {}
             last = epoch + 1 == config.epochs
-            if progress.position < steps_per_epoch:
+            if stop.requested():
                 evaluated = None
+            elif progress.position < steps_per_epoch:
+                raise ValueError(
+                    f"epoch {epoch + 1} had {progress.position} batches, but steps_per_epoch is "
+                    f"{steps_per_epoch}"
+                )
             elif last or (epoch + 1) % config.eval_every == 0:
                 evaluated = evaluate(state)
             if evaluated is None:
@@ -265,7 +271,7 @@ def fit(
             record["seconds"] = time.monotonic() - started
             reporter.advise(epoch, totals)
 
-            # First the checkpoint, then the files: what they show is never ahead of it.
+            # Save first, so that the files never show an epoch that the checkpoint lacks.
             progress = Progress(epoch + 1, 0, 0.0, [*progress.history, record], progress.data)
             empty = metrics.zeros(forward=config.is_deq, backward=config.reports_backward)
             state = state._replace(totals=place(empty, mesh, P()))
@@ -283,7 +289,11 @@ def trained_model(config: TrainingConfig, model: Any, state: TrainState) -> Any:
 
 
 def look(state: TrainState, progress: Progress) -> Totals:
-    """The epoch's totals so far, on the host, if all is well."""
+    """Copies the totals of the epoch to the host.
+
+    Raises:
+        NonFiniteError: a loss or gradient was not finite.
+    """
     totals = jax.device_get(state.totals)
     if totals["failed"] < metrics.NEVER:
         raise NonFiniteError(

@@ -21,7 +21,7 @@ Totals = dict[str, jax.Array]
 """Sums by name. Those of a solve are named `forward.samples`, `backward.residual` and so on."""
 
 NEVER = np.iinfo(np.int32).max
-"""The failed step of a training in which none failed."""
+"""Value of `failed` while every step was finite."""
 
 
 class Outcome(NamedTuple):
@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         loss: mean cross-entropy of the answer.
-        extra: what is added to it.
+        extra: penalties that are added to the loss for the gradient.
         logits: `[B, classes]`; `[B, L, classes]` for sequences.
         stats: of the solve; None for a model without one.
         memory: for the next segment of the sequences; None without memory.
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean over all that is predicted."""
+    """Mean cross-entropy over all predictions."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
@@ -91,7 +91,7 @@ def _solve_totals(stats: SolveStats | BackwardProbe, counts: jax.Array) -> Total
 
 
 def zeros(*, forward: bool, backward: bool = False) -> Totals:
-    """Totals of nothing, with room for the solves that there will be."""
+    """Zero totals, with entries for the forward and the backward solve on request."""
     solve = SolveStats(jnp.zeros(1), jnp.zeros(1, int), jnp.zeros(1, int), jnp.zeros((), int), None)
     batch = batch_totals(
         jnp.zeros(()),
@@ -154,7 +154,7 @@ def solve_summary(totals: Totals, name: str) -> SolveSummary | None:
 
 
 def solve_record(totals: Totals, prefix: str = "") -> Record:
-    """The same as `{prefix}forward_...` and `{prefix}backward_...`."""
+    """The figures of `solve_summary` as `{prefix}forward_...` and `{prefix}backward_...`."""
     record: Record = {}
     for name in ("forward", "backward"):
         if (summary := solve_summary(totals, name)) is not None:

@@ -96,7 +96,7 @@ class Reporter:
             self._drawn = time.monotonic()
 
     def advise(self, epoch: int, totals: Totals) -> None:
-        """Says what is wrong with the solves: with advice the first time, then once an epoch."""
+        """Prints findings about the solves: with advice at first, then one line per epoch."""
         forward = metrics.solve_summary(totals, "forward")
         if forward is None:
             return
@@ -165,8 +165,8 @@ def epoch_line(record: Record) -> str:
 def exit_code() -> Iterator[list[int]]:
     """Turns errors that the user can put right into a message and an exit code.
 
-    0: finished; 1: the loss became non-finite; 2: a bad flag, missing data, a run with other
-    settings, a folder that cannot be written; 130 and 143: stopped by Ctrl-C or SIGTERM.
+    0: finished; 1: the loss became non-finite; 2: a bad flag, missing data, a folder
+    that holds a run with other settings or cannot be written; 130 and 143: stopped by Ctrl-C or SIGTERM.
 
     Yields:
         A list whose first element is the exit code, once the block has ended.
@@ -185,7 +185,7 @@ def exit_code() -> Iterator[list[int]]:
             raise
         print(
             f"error: cannot write {error.filename or 'to the folder of the run'}: "
-            f"{error.strerror}. What was saved before is whole: the same command goes on from it",
+            f"{error.strerror}. Earlier checkpoints are intact; the same command resumes from them",
             file=sys.stderr,
         )
         code[0] = 2

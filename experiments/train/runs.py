@@ -21,8 +21,8 @@ from experiments.train.errors import CheckpointError, RunInUseError, RunMismatch
 PyTree = Any
 
 _IRRELEVANT = ("run", "data.dir")
-"""Settings with which a run may be gone on with although they differ: the result does not depend
-on them. What `data.dir` holds is compared by its checksum."""
+"""A run may be resumed with other values of these settings, on which its result does not depend.
+What `data.dir` holds is compared by its checksum."""
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -114,15 +114,15 @@ class RunFolder:
         }
         text = json.dumps(document, indent=2) + "\n"
         if not self.has_checkpoint():
-            # Nothing was trained here yet, or a deletion was cut short. In particular, somebody
-            # who corrects a flag that was refused does not meet the refused one again.
+            # Nothing was trained here yet. After a refused flag is corrected, the refused settings
+            # are not compared.
             self._delete()
             write_atomically(self.config, text)
             return
         earlier = json.loads(self.config.read_text(encoding="utf-8"))
         if "arguments" not in earlier:
             raise RunMismatchError(
-                f"{self.path} holds a run of deq_jax 0.2 or older; start over with --run.fresh, or "
+                f"{self.path} holds a run of deq_jax 0.1; start over with --run.fresh, or "
                 "choose another --run.dir"
             )
         if earlier["script"] != script:
@@ -165,9 +165,27 @@ class RunFolder:
         """Marks the run as finished."""
         write_atomically(self.result, json.dumps(result, indent=2) + "\n")
 
+    def _is_ours(self) -> bool:
+        """Whether this is the folder of a run: it has settings, and they name a command."""
+        try:
+            return "script" in json.loads(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+
     def _delete(self) -> None:
-        # The result goes first, as it would mark the run as finished, and the settings last: while
-        # they are there, the rest is theirs.
+        own = (self.metrics, self.curves, self.residuals, self.vocabulary, self.result)
+        if not self._is_ours():
+            foreign = [
+                path.name for path in (*own, self.checkpoints, self.tensorboard, self.config)
+            ]
+            if present := [name for name in foreign if (self.path / name).exists()]:
+                raise RunMismatchError(
+                    f"{self.path} is no folder of a run, but has {', '.join(present)}, which a run "
+                    "would overwrite; choose another folder with --run.dir"
+                )
+            return
+        # The result goes first, as it would mark the run as finished. The settings go last, so that
+        # an interrupted deletion still shows which run it was.
         self.result.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.tensorboard):
             if folder.exists():
@@ -232,7 +250,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # tensorstore raises ValueError for a full disk
             raise CheckpointError(
                 f"cannot write a checkpoint to {self._manager.directory}: {_first_line(error)}. "
-                "Those before it are whole: the same command goes on from the newest of them"
+                "Earlier checkpoints are intact; the same command resumes from the newest of them"
             ) from error
 
     def restore(self, template: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
@@ -268,8 +286,8 @@ class Checkpoints:
         if failures:
             number, error = failures[0]
             raise CheckpointError(
-                f"no checkpoint in {self._manager.directory} can be read with these settings; of "
-                f"checkpoint {number}: {_first_line(error)}"
+                f"no checkpoint in {self._manager.directory} can be read with these settings; the "
+                f"newest, checkpoint {number}, failed with: {_first_line(error)}"
             ) from error
         return None
 

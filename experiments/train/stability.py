@@ -63,7 +63,7 @@ def training_phase(config: TrainingConfig, step: int, steps: int) -> Phase | Non
         solver = dataclasses.replace(solver, max_iter=solver.max_iter - drop)
     solver = dataclasses.replace(solver, tol=_tolerance(tools, config.solver.tol, step, steps))
     sample_at = evenly_spaced(solver.max_iter, tools.correction_states)
-    # A state along the way solves nothing, so that an exact solve for its gradient is wasted.
+    # Intermediate states are not equilibria: an exact implicit gradient is wasted on them.
     cheap = not isinstance(gradient, Phantom | Unrolled)
     return Phase(solver, gradient, sample_at, OneStep() if cheap else None)
 
@@ -135,7 +135,7 @@ def forward(
     z = _cast_like(z, like)
 
     # The answer
-    aside = nnx.merge(*nnx.split(model), copy=True)  # the running statistics are the answer's
+    aside = nnx.merge(*nnx.split(model), copy=True)  # only z updates statistics
     logits = model.classify(z)
     loss = cross_entropy(logits, targets)
     memory = model.memory(injection, z) if isinstance(inputs, Segment) else None

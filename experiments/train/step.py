@@ -1,6 +1,6 @@
 """One training step and one batch of an evaluation, as pure functions of split NNX state.
 
-This is the file to read, and to change, for another loss.
+For another loss, change `metrics.cross_entropy` and what is built on it here.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
         optimizer_state: state of the optax optimiser.
         step: int32, steps taken.
         totals: sums over the epoch so far.
-        memory: of the segments before, for a sequence model that has some; else None.
+        memory: state carried over from the previous segment; None for models without memory.
     """
 
     params: PyTree
@@ -89,7 +89,7 @@ def make_train_step(
     counted = config.is_deq and not (phase and phase.pretraining)
 
     def loss_of(params, probe, rest, memory, batch, step):
-        # A copy: the batch statistics that the call updates are to be those of this trace level.
+        # A copy: otherwise the call would write tracers into the outer model.
         model = nnx.merge(definition, params, rest, copy=True)
         inputs = network_inputs(batch, memory, white)
         if phase is None:
@@ -124,7 +124,7 @@ def make_train_step(
         state = TrainState(params, rest, optimizer_state, state.step + 1, totals, outcome.memory)
         return state, outcome.loss
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=whole(mesh))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(mesh))
 
 
 def forward(
@@ -139,9 +139,9 @@ def forward(
     Args:
         config: the settings.
         model: the network.
-        inputs: what it takes.
+        inputs: the network's input.
         targets: `[B]` classes, or `[B, L]`.
-        probe: where the backward solve reports.
+        probe: a dummy input whose cotangent is the report of the backward solve.
     """
     options: dict[str, Any] = {}
     if config.is_deq:
@@ -162,8 +162,8 @@ def make_evaluate_batch(
     phase: stability.Phase | None,
     mesh: Mesh | None,
     white: int,
-) -> Callable[[tuple[Totals, PyTree], TrainState, Batch], tuple[Totals, PyTree]]:
-    """A jitted `evaluate_batch((totals, memory), params, rest, batch)`, which returns the former.
+) -> Callable[..., tuple[Totals, PyTree]]:
+    """A jitted function that adds a batch to totals: `((totals, memory), params, rest, batch)`.
 
     Args:
         config: the settings.
@@ -187,7 +187,7 @@ def make_evaluate_batch(
         batch_totals = metrics.batch_totals(loss, correct, batch.counts, stats)
         return metrics.add(totals, batch_totals), memory
 
-    return jax.jit(evaluate_batch, donate_argnums=0, out_shardings=whole(mesh))
+    return jax.jit(evaluate_batch, donate_argnums=0, out_shardings=replicated(mesh))
 
 
 def network_inputs(batch: Batch, memory: PyTree, white: int) -> jax.Array | Segment:
@@ -234,6 +234,6 @@ def definition_of(model: Any, phase: stability.Phase | None, *, training: bool) 
     return definition
 
 
-def whole(mesh: Mesh | None) -> NamedSharding | None:
-    """The sharding of what is whole on every device."""
+def replicated(mesh: Mesh | None) -> NamedSharding | None:
+    """The replicated sharding: every device holds the whole array."""
     return None if mesh is None else NamedSharding(mesh, P())
