@@ -83,8 +83,8 @@ def load_images(
         split, reported, train = "train", train[held_out], train[rest]
     if train_examples is not None and train_examples > len(train):
         raise UsageError(
-            f"--data.train must be at most {len(train)}, the number of training examples of {name}, "
-            f"got {train_examples}"
+            f"--data.train must be at most {len(train)}, the number of training examples of "
+            f"{name}, got {train_examples}"
         )
     if train_examples is not None and train_examples < len(train):
         train = train[seeded_subset(labels("train")[train], train_examples, seed)]

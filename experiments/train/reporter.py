@@ -165,8 +165,12 @@ def epoch_line(record: Record) -> str:
 def exit_code() -> Iterator[list[int]]:
     """Turns errors that the user can put right into a message and an exit code.
 
-    0: finished; 1: the loss became non-finite; 2: a bad flag, missing data, a folder
-    that holds a run with other settings or cannot be written; 130 and 143: stopped by Ctrl-C or SIGTERM.
+    | code | meaning |
+    | --- | --- |
+    | 0 | finished |
+    | 1 | the loss became NaN or infinite |
+    | 2 | a bad flag, missing data, or a folder that holds another run or cannot be written |
+    | 130, 143 | stopped by Ctrl-C, or by SIGTERM |
 
     Yields:
         A list whose first element is the exit code, once the block has ended.
