@@ -564,6 +564,18 @@ def test_an_unhashable_solver_setting_is_not_compiled_at_each_call(compilations)
     check_close(again, solution(0.3, X))
 
 
+def test_another_setting_of_a_users_own_solver_is_seen():
+    """Two objects of one class, which JAX could take for the same static argument."""
+    x = jnp.asarray(X)
+    for evaluations in (3, 200, 2):
+        solver = OwnSolver(max_iter=evaluations)
+        z = deq_fixed_point(plain, jnp.asarray(0.3), x, solver=solver)
+        expected = np.zeros_like(X)
+        for _ in range(evaluations - 1):  # the point of the last evaluation is the best
+            expected = np.tanh(0.3 * expected + X)
+        check_close(z, expected)
+
+
 @dataclasses.dataclass
 class OwnSolver:
     """Plain iteration; `eq=True` without `frozen` makes it unhashable."""
