@@ -140,6 +140,13 @@ FAULTS = [
         "edges/test_mixing_samples.py",
     ),
     Fault(
+        "the evaluation that wakes a sample is not traced",
+        "solve.py",
+        "row = jnp.where(active | woken, residual, _unused())",
+        "row = jnp.where(active, residual, _unused())",
+        "edges/test_mixing_samples.py",
+    ),
+    Fault(
         "of samples that mix, iterates of different evaluations are returned",
         "solve.py",
         "better |= carry.evaluations + 1 == solver.max_iter",
@@ -189,6 +196,13 @@ FAULTS = [
         "carry.p - tree.scale(omega, v))",
         "carry.p + tree.scale(omega, v))",
         "solvers/test_krylov.py",
+    ),
+    Fault(
+        "a cotangent that is not finite becomes a gradient of zero",
+        "linear/krylov.py",
+        "value = tree.where(jnp.isfinite(size), end.best, b)",
+        "value = end.best",
+        "gradients/test_probe.py",
     ),
     # Gradient policies.
     Fault(

@@ -234,6 +234,18 @@ def test_news_reach_samples_that_had_stopped(solver):
 
 
 @pytest.mark.usefixtures("x64")
+def test_the_evaluation_that_wakes_a_sample_is_counted_and_traced():
+    """The last node stands still, at residual zero, until the last evaluation brings it news."""
+    f, _, params, x = directed_line()
+    solver = Picard(tol=1e-8, max_iter=8, trace=True)
+    _, stats = solve_fixed_point(f, jnp.asarray(params), jnp.asarray(x), solver=solver)
+    nan = np.nan
+    np.testing.assert_array_equal(stats.trace[:, 7], [0, nan, nan, nan, nan, nan, nan, 1])
+    assert stats.iterations[7] == 8
+    assert stats.status[7] == Status.MAX_ITER
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("problem", [line_graph, batch_norm, attention])
 def test_as_one_equation_values_and_gradients_are_right(problem):
     """The control: with `batched=False` the batch is one equation, and the gradient is exact."""
