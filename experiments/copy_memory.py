@@ -63,6 +63,8 @@ class CopyData(Settings):
         test: sequences to report on.
     """
 
+    prefix = "data."
+
     delay: Count = 100
     shown: Count = 10
     symbols: Count = 8

@@ -41,9 +41,9 @@ class Arguments:
         top_k: draw from the so many most probable tokens. None: from all.
         seed: seed of the draws.
         cache: positions that a token sees behind it; of a longer prompt only the end is read, as
-            much as the first new token sees. None: as many as in training, --length and
-            --segment-memory of the run together, less one for the token itself. More are distances
-            that the network has never seen. With --cell trellis only the prompt is cut by it.
+            much as the first new token sees. None: as many as in training, --data.length and
+            --network.memory of the run together, less one for the token itself. More are distances
+            that the network has never seen. With cell:trellis only the prompt is cut by it.
         samples: texts to write.
         data_dir: folder of prepared data sets. None: that of the run.
     """

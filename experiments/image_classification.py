@@ -50,6 +50,8 @@ class ImageData(Settings):
             test set, to choose settings without looking at the test set.
     """
 
+    prefix = "data."
+
     name: str = "digits"
     dir: str | None = None
     size: Count | None = None
@@ -71,6 +73,8 @@ class Network(Settings):
         dropout: rate of variational dropout inside the cell, with one mask for each solve.
     """
 
+    prefix = "network."
+
     channels: Count = 32
     inner_channels: Count = 64
     groups: Count = 8
@@ -80,11 +84,12 @@ class Network(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.channels % self.groups or self.inner_channels % self.groups:
-            raise UsageError(
-                f"groups must divide channels, {self.channels}, and inner-channels, "
-                f"{self.inner_channels}, got {self.groups}"
-            )
+        for name in ("channels", "inner_channels"):
+            if getattr(self, name) % self.groups:
+                raise UsageError(
+                    f"--network.{name.replace('_', '-')} must be a multiple of --network.groups, "
+                    f"{self.groups}, got {getattr(self, name)}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,6 +60,8 @@ class TextData(Settings):
             were seen as there are.
     """
 
+    prefix = "data."
+
     name: str = "tiny_shakespeare"
     dir: str | None = None
     level: Level = "characters"

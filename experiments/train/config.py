@@ -52,6 +52,8 @@ class Range:
         return self.least <= value < self.below and self.above < value <= self.most
 
     def __str__(self) -> str:
+        if math.isfinite(self.least) and math.isfinite(self.most):
+            return f"from {self.least:g} to {self.most:g}"
         words = {"at least": self.least, "above": self.above, "below": self.below}
         words["at most"] = self.most
         return " and ".join(f"{word} {v:g}" for word, v in words.items() if math.isfinite(v))
@@ -65,7 +67,13 @@ Rate = Annotated[float, Range(least=0, below=1)]
 
 
 class Settings:
-    """Base of dataclasses whose fields are checked against the `Range` in their annotation."""
+    """Base of dataclasses whose fields are checked against the `Range` in their annotation.
+
+    Attributes:
+        prefix: what stands before the names of these settings on the command line.
+    """
+
+    prefix: typing.ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
@@ -73,8 +81,8 @@ class Settings:
             for part in (kind, *typing.get_args(kind)):  # `Count` or `Count | None`
                 for allowed in getattr(part, "__metadata__", ()):
                     if isinstance(allowed, Range) and value is not None and value not in allowed:
-                        flag = name.replace("_", "-")
-                        raise UsageError(f"{flag} must be {allowed}, got {value}")
+                        flag = self.prefix + name.replace("_", "-")
+                        raise UsageError(f"--{flag} must be {allowed}, got {value}")
 
 
 def choice(name: str, default: Any) -> Any:
@@ -126,6 +134,8 @@ class Optim(Settings):
         weight_decay: of matrices and convolution kernels.
         beta2: Adam's second decay rate.
     """
+
+    prefix = "optim."
 
     lr: Positive = 1e-3
     final_lr: Positive = 1e-6
@@ -179,6 +189,8 @@ class Stability(Settings):
         eval_max_iter: budget of the solver in evaluation. None: that of training.
     """
 
+    prefix = "stability."
+
     jacobian: JacobianRegularization = JacobianRegularization(0.0)
     normalization: NormalizationChoice = None
     correction_states: Count = 1
@@ -206,6 +218,8 @@ class RunOptions(Settings):
         progress: show progress bars.
         warn_below: share of converged solves to warn at.
     """
+
+    prefix = "run."
 
     dir: str | None = None
     fresh: bool = False
@@ -258,29 +272,41 @@ class TrainingConfig(Settings):
         super().__post_init__()
         tools, most = self.stability or Stability(), self.solver.max_iter
         unrolls = isinstance(self.gradient, Unrolled) or tools.pretrain_steps > 0
+        budget = most - tools.budget_drop
         rules = [
-            (self.optim.final_lr <= self.optim.lr, "optim.final-lr must be at most optim.lr"),
-            (self.batch_size % self.devices == 0, "batch-size must be a multiple of devices"),
             (
-                self.eval_batch_size % self.devices == 0,
-                "eval-batch-size must be a multiple of devices",
+                self.optim.final_lr <= self.optim.lr,
+                f"--optim.final-lr must be at most --optim.lr, {self.optim.lr:g}, "
+                f"got {self.optim.final_lr:g}",
             ),
             (
                 self.backward is None or isinstance(self.gradient, Implicit),
                 "backward: is the solver of gradient:implicit, not of other gradients",
             ),
             (
-                most - tools.budget_drop >= tools.correction_states,
-                "stability.budget-drop and stability.correction-states leave nothing of "
-                f"solver.max-iter, {most}",
+                budget >= tools.correction_states,
+                "--stability.correction-states must be at most --solver.max-iter less "
+                f"--stability.budget-drop, {budget}, got {tools.correction_states}",
             ),
             (
                 tools.first_tol is None or tools.first_tol >= self.solver.tol > 0,
-                "stability.first-tol must be at least solver.tol, which is above 0",
+                "--stability.first-tol must be at least --solver.tol, which is above 0, "
+                f"got {tools.first_tol}",
             ),
             (
                 self.shrink_to is None or not unrolls,
-                "shrink-to does not go with gradient:unrolled or stability.pretrain-steps",
+                "--shrink-to must be left out where a loop is unrolled, by gradient:unrolled or "
+                f"--stability.pretrain-steps, got {self.shrink_to}",
+            ),
+            *(
+                (
+                    size % self.devices == 0,
+                    f"--{name} must be a multiple of --devices, {self.devices}, got {size}",
+                )
+                for name, size in (
+                    ("batch-size", self.batch_size),
+                    ("eval-batch-size", self.eval_batch_size),
+                )
             ),
         ]
         for holds, message in rules:

@@ -243,18 +243,19 @@ def fit(
                     if time.monotonic() - saved >= config.run.save_every:
                         save()
                         saved = time.monotonic()
+                else:
+                    if progress.position < steps_per_epoch:
+                        raise ValueError(
+                            f"epoch {epoch + 1} had {progress.position} batches, but "
+                            f"steps_per_epoch is {steps_per_epoch}"
+                        )
 
             # Its figures.
             totals = look(state, progress)
             evaluated: Record | None = {}
             last = epoch + 1 == config.epochs
-            if stop.requested():
+            if progress.position < steps_per_epoch:
                 evaluated = None
-            elif progress.position < steps_per_epoch:
-                raise ValueError(
-                    f"epoch {epoch + 1} had {progress.position} batches, but steps_per_epoch is "
-                    f"{steps_per_epoch}"
-                )
             elif last or (epoch + 1) % config.eval_every == 0:
                 evaluated = evaluate(state)
             if evaluated is None:

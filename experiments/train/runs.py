@@ -20,6 +20,10 @@ from experiments.train.errors import CheckpointError, RunInUseError, RunMismatch
 
 PyTree = Any
 
+_AFTERMATH = ("Event loop is closed", "Encountered error while reading array index")
+"""What tensorstore's futures and Orbax's coroutines, which outlive the event loop of a read or a
+write that failed, complain of at any time until the process ends."""
+
 _IRRELEVANT = ("run", "data.dir")
 """A run may be resumed with other values of these settings, on which its result does not depend.
 What `data.dir` holds is compared by its checksum."""
@@ -327,14 +331,15 @@ def _orbax_silent() -> Iterator[None]:
     """
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
     logger.addFilter(_refuse)
-    sys.unraisablehook = lambda unraisable: (
-        None if "Event loop is closed" in str(unraisable.exc_value) else hook(unraisable)
-    )
+
+    def without_aftermath(unraisable: Any) -> None:
+        if not any(words in str(unraisable.exc_value) for words in _AFTERMATH):
+            hook(unraisable)
+
+    sys.unraisablehook = without_aftermath
     try:
         yield
-        # After an error it stays: tensorstore's futures outlive the event loop of a write that
-        # failed, and complain of that at any time until the process ends.
-        sys.unraisablehook = hook
+        sys.unraisablehook = hook  # after an error the other one stays
     finally:
         logger.removeFilter(_refuse)
 

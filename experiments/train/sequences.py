@@ -87,6 +87,8 @@ class SequenceNetwork(Settings):
             instead of keeping what is inside it.
     """
 
+    prefix = "network."
+
     features: Count = 128
     hidden_features: Count = 512
     tied: bool = True

@@ -2,21 +2,19 @@
 
 import dataclasses
 
-from experiments.train.checkpoints import Checkpoints
-
 from experiments.report.trained import SCRIPTS
 from experiments.train.loop import Progress
-from experiments.train.runs import RunDirectory
+from experiments.train.runs import Checkpoints, RunFolder
+from tests.experiments.training import Parts
 
 
-def untrained(folder, script, *flags):
-    """The folder of a run of `script` that was saved before its first step, and the experiment."""
-    module = SCRIPTS[script]
-    config = module.parse([*flags, "--no-progress"])
-    directory = RunDirectory(folder)
-    directory.open(dataclasses.asdict(config), script=script)
-    experiment = module.load(config, directory)
-    with Checkpoints(directory.checkpoints) as checkpoints:
-        progress = Progress(data=experiment.dataset.checksum())
-        checkpoints.save(experiment.state, dataclasses.asdict(progress))
-    return experiment
+def untrained(folder, script, *flags) -> Parts:
+    """The folder of a run of `script` that was saved before its first step, and its parts."""
+    module, run = SCRIPTS[script], RunFolder(folder)
+    words = [*flags, "--run.no-progress"]
+    with run.open(script, module.parse_arguments(words), words, {}):
+        parts = Parts(module, *words, folder=folder)
+        with Checkpoints(run.checkpoints) as checkpoints:
+            progress = Progress(data=parts.dataset.checksum())
+            checkpoints.save(parts.state, dataclasses.asdict(progress))
+    return parts

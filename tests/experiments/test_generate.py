@@ -8,26 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from experiments.train.image_config import Config as ImageConfig
-from experiments.train.language_config import Config
 
 from deq_jax.models.generation import generate
 from experiments import generate as script
-from experiments.copy_memory import Config as CopyConfig
 from experiments.generate import Arguments, write
-from experiments.report.trained import read_run
+from experiments.language_model import Config, TextData
+from experiments.report.trained import SCRIPTS, read_run
+from experiments.train.runs import flat_settings
+from experiments.train.sequences import SequenceNetwork
 from tests.experiments.runs import untrained
-from tests.experiments.test_trained import document
+from tests.experiments.test_trained import arguments
 
 WORDS = "the cat sat , the dog ran .\nthe cat ran , the dog sat .\n" * 4
-SMALL = ["--features=8", "--hidden-features=8", "--heads=2", "--length=6", "--batch-size=2"]
+SMALL = ["--network.features=8", "--network.hidden-features=8", "--cell.heads=2"]
+SMALL += ["--data.length=6", "--batch-size=2"]
 
 
 @pytest.fixture(scope="module")
 def decoded(language_run):
     """`decoded(text, count)`: each time the most probable character after a solve of all."""
     run = read_run(language_run)
-    model, vocabulary = run.model(), run.experiment.dataset.vocabulary
+    model, vocabulary = run.model, run.dataset.text.vocabulary
 
     @jax.jit
     def logits(tokens):
@@ -60,7 +61,7 @@ def test_the_most_probable_text(language_run, decoded, capsys):
 
 
 def test_a_long_prompt_is_read_as_far_as_the_network_knows(language_run, decoded, monkeypatch):
-    """What is not seen in training, --length 8, is not looked at, but printed."""
+    """What is not seen in training, --data.length 8, is not looked at, but printed."""
     end = "/b> is 3"
     read = []
 
@@ -101,7 +102,8 @@ def test_one_token_of_the_most_probable_one(language_run, decoded):
 
 def test_words_by_a_control(tmp_path):
     (tmp_path / "text.txt").write_text(WORDS)
-    flags = [f"--text={tmp_path / 'text.txt'}", "--level=words", "--model=explicit", "--depth=2"]
+    flags = [f"--data.name={tmp_path / 'text.txt'}", "--data.level=words"]
+    flags += ["--model=explicit", "--depth=2"]
     untrained(tmp_path / "run", "language_model", *SMALL, *flags)
     written = write(Arguments(tmp_path / "run", "the   cat\n unicorn", count=4))
     assert written.stats is None
@@ -113,9 +115,10 @@ def test_words_by_a_control(tmp_path):
 
 
 def test_as_many_positions_as_in_training():
-    assert script.default_cache(Config(length=64)) == 63
-    assert script.default_cache(Config(length=64, segment_memory=64)) == 127
-    assert script.default_cache(Config(length=1)) == 1
+    memory = SequenceNetwork(memory=64)
+    assert script.default_cache(Config(data=TextData(length=64))) == 63
+    assert script.default_cache(Config(data=TextData(length=64), network=memory)) == 127
+    assert script.default_cache(Config(data=TextData(length=1))) == 1
 
 
 @pytest.mark.parametrize(
@@ -132,8 +135,8 @@ def test_as_many_positions_as_in_training():
         (["--cache=0"], "--cache must be at least 1, got 0"),
         (["--samples=0"], "--samples must be at least 1, got 0"),
         (["--seed=-1"], "--seed must be at least 0, got -1"),
-        (["--temperature=-1"], "--temperature must be at least 0 and finite, got -1.0"),
-        (["--temperature=nan"], "--temperature must be at least 0 and finite, got nan"),
+        (["--temperature=-1"], "--temperature must be at least 0, got -1.0"),
+        (["--temperature=nan"], "--temperature must be at least 0, got nan"),
     ],
 )
 def test_bad_flags(flags, message, language_run, capsys):
@@ -145,22 +148,23 @@ def test_bad_flags(flags, message, language_run, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "message"),
+    ("name", "flags", "message"),
     [
-        ("image_classification", ImageConfig(), "holds a run of experiments.image_classification;"),
-        ("copy_memory", CopyConfig(), "holds a run of experiments.copy_memory;"),
-        ("language_model", Config(model="lstm"), "holds a recurrent control, --model lstm"),
+        ("image_classification", [], "holds a run of experiments.image_classification;"),
+        ("copy_memory", [], "holds a run of experiments.copy_memory;"),
+        ("language_model", ["--model=lstm"], "holds a recurrent control, --model lstm"),
     ],
 )
-def test_runs_that_write_no_text(name, config, message, tmp_path, capsys):
-    settings = {"script": name, "config": vars(config)}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+def test_runs_that_write_no_text(name, flags, message, tmp_path, capsys):
+    settings = flat_settings(SCRIPTS[name].parse_arguments(flags))
+    found = {"script": name, "arguments": flags, "config": settings}
+    (tmp_path / "config.json").write_text(json.dumps(found))
     assert script.main([f"--run={tmp_path}", "--prompt=b"]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_missing_text(language_run, tmp_path, capsys):
     shutil.copytree(language_run, tmp_path / "run")
-    document(tmp_path / "run", text="absent.txt")
+    arguments(tmp_path / "run", "--data.name=absent.txt")
     assert script.main([f"--run={tmp_path / 'run'}", "--prompt=b"]) == 2
     assert "error: there is no text file absent.txt" in capsys.readouterr().err

@@ -1,294 +1,247 @@
-import dataclasses
-import functools
 import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from experiments.data.XX import Images
-from experiments.report.traces import residual_traces
-from experiments.train.checkpoints import Checkpoints
-from experiments.train.image_experiment import counted_batches, prepare, to_float
-from experiments.train.image_presets import parse
 from flax import nnx
 
 from deq_jax import BackwardProbe
 from experiments import image_classification as script
-from experiments.data.images import load_dataset
-from experiments.train import training
+from experiments.report.measure import residual_traces
+from experiments.report.trained import read_run
+from experiments.train.metrics import NEVER
 from tests.experiments.conftest import TINY
+from tests.experiments.training import Parts, checkpoint_numbers, records, run
 
 PNG = b"\x89PNG"
 
-TINY_CONFIG = parse(TINY)
+
+def cross_entropies(logits, labels):
+    """Of each row, by the formula and in float64."""
+    logits = np.float64(logits)
+    return np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(labels)), labels]
 
 
-def run(capsys, *flags):
-    """Runs the script; returns its exit code, lines of output and lines of complaints."""
-    code = script.main([*TINY, *flags])
-    captured = capsys.readouterr()
-    return code, captured.out.splitlines(), captured.err
-
-
-def experiment(**changes):
-    config = dataclasses.replace(TINY_CONFIG, **changes)
-    dataset = load_dataset(config.preset, train_examples=config.train_examples, seed=config.seed)
-    return prepare(config, dataset)
-
-
-def test_learns_digits(tmp_path, capsys):
-    code = script.main(
-        [
-            "--validation-fraction=0.2",
-            "--epochs=3",
-            "--channels=16",
-            "--inner-channels=16",
-            "--tol=0.1",
-            "--max-iter=12",
-            "--no-progress",
-            f"--run-dir={tmp_path}",
-        ]
-    )
-    lines = capsys.readouterr().out.splitlines()
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert code == 0
-    assert [record["epoch"] for record in records] == [1, 2, 3]
-    assert [record["step"] for record in records] == [35, 70, 105]
+def test_learns_digits(tmp_path, without_figures):
+    flags = ["--data.validation=0.2", "--epochs=3", "--network.channels=16"]
+    flags += ["--network.inner-channels=16", "--solver.tol=0.1", "--solver.max-iter=12"]
+    ended = run(script, *flags, "--run.no-progress", f"--run.dir={tmp_path}")
+    found = records(tmp_path)
+    assert ended.code == 0
+    assert [record["epoch"] for record in found] == [1, 2, 3]
+    assert [record["step"] for record in found] == [35, 70, 105]
     # Chance is 0.1.
-    assert records[-1]["validation_accuracy"] > 0.9
-    assert lines[-1] == f"validation accuracy {records[-1]['validation_accuracy']:.3f}"
-    losses = [record["train_loss"] for record in records]
+    assert found[-1]["validation_accuracy"] > 0.9
+    assert ended.lines[-1] == f"validation accuracy {found[-1]['validation_accuracy']:.3f}"
+    losses = [record["train_loss"] for record in found]
     assert losses == sorted(losses, reverse=True)
-    assert records[0]["learning_rate"] > records[-1]["learning_rate"] > 1e-6
+    assert found[0]["learning_rate"] > found[-1]["learning_rate"] > 1e-6
     for solve in ("forward", "backward"):
-        for record in records:
+        for record in found:
             assert 1 < record[f"{solve}_iterations"] <= record[f"{solve}_evaluations"] <= 12
             assert 0 < record[f"{solve}_residual_mean"] <= record[f"{solve}_residual_worst"]
             assert 0 < record[f"{solve}_converged"] <= 1
             assert record[f"{solve}_diverged"] == 0
     # The backward solve is harder at so loose an equilibrium: no such bound holds for it.
-    assert min(record["forward_converged"] for record in records) > 0.9
-    config = json.loads((tmp_path / "config.json").read_text())["config"]
-    assert (config["epochs"], config["channels"], config["pool"]) == (3, 16, 2)
+    assert min(record["forward_converged"] for record in found) > 0.9
+
+
+def test_what_a_run_leaves(image_run):
+    folder, lines = image_run.folder, image_run.ended.lines
+    found = records(folder)
+    assert lines[0] == "data: digits, 200 training and 200 test images of 8x8x1, 10 classes"
+    assert lines[1] == "model: deq, 2,602 parameters"
+    assert lines[2].startswith("solver: Anderson(history=5, ")
+    assert lines[3].startswith("gradient: Implicit(")
+    assert lines[4:6] == ["device: cpu", f"run: {folder}"]
+    for line, record in zip(lines[6:8], found, strict=True):
+        assert line.startswith(f"epoch   {record['epoch']} | train loss {record['train_loss']:.4f}")
+        assert f"forward {record['forward_evaluations']:.1f} evaluations, " in line
+    assert lines[8:] == [f"test accuracy {found[-1]['test_accuracy']:.3f}"]
+    result = json.loads((folder / "result.json").read_text())
+    assert result.pop("seconds") > 0
+    assert result == {"evaluation": "test", **found[-1]}
+    document = json.loads((folder / "config.json").read_text())
+    assert document["script"] == "image_classification"
+    assert document["config"]["network.channels"] == 8
+    assert document["environment"]["device"] == "cpu"
     for name in ("curves.png", "residuals.png"):
-        assert (tmp_path / name).read_bytes().startswith(PNG)
+        assert (folder / name).read_bytes().startswith(PNG)
+    assert checkpoint_numbers(folder) == [0, 1]
+    (events,) = (folder / "tensorboard").iterdir()
+    for name in (b"test_loss", b"backward_evaluations", b"learning_rate"):
+        assert events.read_bytes().count(name) == 2
 
 
-def test_finished_run_prints_its_result_and_exits(tmp_path, capsys, monkeypatch):
-    code, lines, _ = run(capsys, "--epochs=1", f"--run-dir={tmp_path}")
-    assert code == 0
-    assert lines[1].startswith("model: deq, ")
-    assert lines[1].endswith(" parameters")
-    assert lines[-1].startswith("test accuracy 0.")
-    monkeypatch.setattr(script, "load_dataset", None)
-    again = run(capsys, "--epochs=1", f"--run-dir={tmp_path}", "--checkpoint-every-seconds=5")
-    assert (again[0], again[1][-1]) == (0, lines[-1])
+def test_the_evaluation_counts_each_example_once(image_run):
+    """Against the formula, from logits of all 200 at once; the run's batches are of 128."""
+    trained = read_run(image_run.folder)
+    ((images, labels, counts, _),) = trained.dataset.evaluation_batches(200)
+    assert counts.all()
+    images = np.float32(images) / 16
 
-    code, _, complaint = run(capsys, "--epochs=3", "--tol=0.2", f"--run-dir={tmp_path}")
-    assert code == 2
-    assert "--epochs was 1, is now 3; --tol was 0.1, is now 0.2" in complaint
-    assert "--fresh" in complaint
-    assert "--run-dir" in complaint
+    @jax.jit
+    def answers(state, images):
+        return nnx.merge(definition, state, copy=True)(images, return_stats=True)
 
-    monkeypatch.undo()
-    (tmp_path / "notes.txt").write_text("mine")
-    code, _, _ = run(capsys, "--epochs=1", "--seed=1", "--fresh", f"--run-dir={tmp_path}")
-    assert code == 0
-    assert json.loads((tmp_path / "config.json").read_text())["config"]["seed"] == 1
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    definition, state = nnx.split(trained.model)
+    logits, stats = answers(state, images)
+    logits, stats = jax.device_get((logits, stats))
+    record = records(image_run.folder)[-1]
+    assert record["test_loss"] == pytest.approx(cross_entropies(logits, labels).mean(), rel=1e-5)
+    assert record["test_accuracy"] == pytest.approx((logits.argmax(-1) == labels).mean())
+    # A sample's solve does not depend on the others, a batch takes as many evaluations as its
+    # slowest sample.
+    of_batches = [stats.iterations[:128].max(), stats.iterations[128:].max()]
+    assert record["test_forward_evaluations"] == pytest.approx(np.mean(of_batches))
+    assert record["test_forward_iterations"] == pytest.approx(stats.iterations.mean())
+    assert record["test_forward_residual_mean"] == pytest.approx(stats.residual.mean(), rel=1e-4)
+    assert record["test_forward_converged"] == (stats.status == 0).mean()
 
-
-@pytest.mark.parametrize("model", ["weight_tied", "explicit"])
-def test_controls_report_no_solver(model, tmp_path, capsys):
-    flags = (f"--model={model}", "--depth=2", "--epochs=1", f"--run-dir={tmp_path}")
-    code, lines, _ = run(capsys, *flags)
-    record = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert code == 0
-    assert lines[-1] == f"test accuracy {record['test_accuracy']:.3f}"
-    assert not [name for name in record if "forward" in name or "backward" in name]
-    assert not (tmp_path / "residuals.png").exists()
-    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
+    # And the residuals that are drawn are those of these solves.
+    traces, tolerances = residual_traces(trained.model, jnp.asarray(images), jnp.asarray(labels))
+    assert tolerances == {"forward": 0.1, "backward": 0.1}
+    assert [trace.shape for trace in traces.values()] == [(6, 200)] * 2
+    np.testing.assert_array_equal(np.isfinite(traces["forward"]).sum(0), stats.iterations)
+    np.testing.assert_allclose(np.nanmin(traces["forward"], 0), stats.residual, rtol=1e-4)
 
 
-def test_evaluation_is_done_when_due(tmp_path, capsys):
-    code, _, _ = run(capsys, "--epochs=3", "--eval-every=2", f"--run-dir={tmp_path}")
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert code == 0
-    assert ["test_accuracy" in record for record in records] == [False, True, True]
+def test_residuals_of_a_learned_start_and_normalised_kernels():
+    """Far from their bound, so that normalised kernels are others."""
+    flags = ["stability:on", "--stability.start=learned", "stability.normalization:spectral"]
+    flags += ["--stability.normalization.scale=0.05", "--network.kernel-std=0.1"]
+    parts = Parts(script, *TINY, *flags)
+    batch = next(parts.dataset.evaluation_batches(5))
+    images = jnp.asarray(np.float32(batch.inputs) / 16)
+    model = nnx.merge(parts.definition(training=False), parts.state.params, parts.state.rest)
+    _, stats = model(images, return_stats=True)
+    traces, _ = residual_traces(model, images, jnp.asarray(batch.targets))
+    np.testing.assert_array_equal(np.isfinite(traces["forward"]).sum(0), stats.iterations)
+    np.testing.assert_allclose(np.nanmin(traces["forward"], 0), stats.residual, rtol=1e-5)
 
 
-def test_evaluation_counts_each_example_once():
-    parts = experiment(train_examples=50)
-    # 23 examples in batches of 10: the last batch holds 3, of which each is repeated.
-    examples = parts.dataset.evaluation.take(np.arange(23))
-    prepare_images = functools.partial(to_float, white=16)
-    evaluator = training.Evaluator(parts.evaluation_definition, prepare=prepare_images, solves=True)
-    # Statistics that differ from those of any batch, so that using the batch's would show.
-    rest = jax.tree.map(lambda leaf: leaf + 0.3, parts.state.rest)
-    state = parts.state._replace(rest=rest)
-    totals = evaluator(state, counted_batches(examples, 10))
-
-    model = nnx.merge(parts.evaluation_definition, state.params, rest, copy=True)
-    loss, correct, evaluations = 0.0, 0, []
-    for start in (0, 10, 20):
-        chosen = slice(start, start + 10)
-        images = np.float32(examples.images[chosen]) / np.float32(16)
-        logits, stats = model(jax.numpy.asarray(images), return_stats=True)
-        evaluations.append(int(stats.evaluations))
-        for row, label in zip(np.float64(logits), examples.labels[chosen], strict=True):
-            loss += np.log(np.exp(row).sum()) - row[label]
-            correct += int(row.argmax() == label)
-    assert (int(totals.batches), int(totals.examples)) == (3, 23)
-    assert int(totals.correct) == correct
-    np.testing.assert_allclose(totals.loss, loss, rtol=1e-5)
-    record = totals.record("test") | totals.solver_record("test_")
-    np.testing.assert_allclose(record["test_loss"], loss / 23, rtol=1e-5)
-    assert record["test_forward_evaluations"] == pytest.approx(np.mean(evaluations))
-    assert int(totals.forward.converged) <= 23
-    assert int(totals.forward.iterations) <= 23 * max(evaluations)
-
-
-def test_evaluation_stops_when_asked():
-    parts = experiment(train_examples=50)
-    prepare_images = functools.partial(to_float, white=16)
-    evaluator = training.Evaluator(parts.evaluation_definition, prepare=prepare_images, solves=True)
-    empty = Images(np.zeros((10, 8, 8, 1), np.uint8), np.zeros(10, np.int32))
-    assert evaluator(parts.state, counted_batches(empty, 10), lambda: True) is None
-
-
-def test_training_updates_parameters_and_batch_statistics():
-    parts = experiment(train_examples=50)
-    before = jax.device_get(parts.state)
-    batch = next(parts.task.batches(0, 0))
+def test_a_step_by_its_parts():
+    """Its loss, gradient, reports and update, from the network alone."""
+    parts = Parts(script, *TINY)
+    batch = next(parts.batches())
     assert batch.inputs.shape == (10, 8, 8, 1)
-    state, metrics = parts.task.train_step(parts.state, batch, 0)
-    assert int(state.step) == 1
-    assert int(state.totals.examples) == 10
-    np.testing.assert_allclose(float(state.totals.loss) / 10, float(metrics["loss"]), rtol=1e-6)
-    changed = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, state.params)
-    assert all(jax.tree.leaves(changed))
-    assert (before.rest["norm_in"]["mean"] != state.rest["norm_in"]["mean"]).any()
+    images = jnp.asarray(np.float32(batch.inputs) / 16)
+    definition, params, rest = parts.definition(training=True), *parts.state[:2]
 
-
-def test_totals_are_those_of_the_reports():
-    parts = experiment(train_examples=50, tol=0.02, max_iter=8)
-    definition, params, rest = training.split_model(parts.model)
-    batch = next(parts.task.batches(0, 0))
-    images = jax.numpy.asarray(np.float32(batch.inputs) / np.float32(16))
-
-    def loss_of(probe):
+    def loss_of(params, probe):
         model = nnx.merge(definition, params, rest, copy=True)
         logits, stats = model(images, return_stats=True, backward_probe=probe)
         chosen = jax.nn.log_softmax(logits)[np.arange(10), batch.targets]
-        return -chosen.mean(), stats
+        return -chosen.mean(), (logits, stats)
 
-    report, stats = jax.jit(jax.grad(loss_of, has_aux=True))(BackwardProbe.zeros(10))
-    state, _ = parts.task.train_step(parts.state, batch, 0)
-    for solve, totals in ((stats, state.totals.forward), (report, state.totals.backward)):
-        solve = jax.tree.map(np.asarray, solve)
-        assert int(totals.evaluations) == solve.evaluations
-        assert int(totals.iterations) == solve.iterations.sum()
-        assert int(totals.converged) == (solve.status == 0).sum()
-        assert int(totals.diverged) == (solve.status == 2).sum()
-        assert int(totals.finite) == 10
-        np.testing.assert_allclose(totals.residual, solve.residual.sum(), rtol=1e-3)
-        np.testing.assert_allclose(totals.worst_residual, solve.residual.max(), rtol=1e-3)
+    compiled = jax.jit(jax.value_and_grad(loss_of, (0, 1), has_aux=True))
+    found = jax.device_get(compiled(params, BackwardProbe.zeros(10)))
+    (loss, (logits, stats)), (gradient, report) = found
+    state, got = parts.step(parts.state, batch)
+    totals = jax.device_get(state.totals)
+    assert got == pytest.approx(float(loss), rel=1e-5)
+    assert got == pytest.approx(cross_entropies(logits, batch.targets).mean(), rel=1e-5)
+    assert totals["loss"] == pytest.approx(10 * got)
+    assert (int(state.step), totals["predictions"], totals["extra"]) == (1, 10, 0)
+    assert totals["correct"] == (logits.argmax(-1) == batch.targets).sum()
+    assert totals["failed"] == NEVER
+    for name, solve in (("forward", stats), ("backward", report)):
+        assert totals[f"{name}.evaluations"] == solve.evaluations
+        assert totals[f"{name}.iterations"] == solve.iterations.sum()
+        assert totals[f"{name}.converged"] == (solve.status == 0).sum()
+        assert totals[f"{name}.diverged"] == (solve.status == 2).sum()
+        assert totals[f"{name}.finite"] == 10
+        np.testing.assert_allclose(totals[f"{name}.residual"], solve.residual.sum(), rtol=1e-3)
+        np.testing.assert_allclose(totals[f"{name}.worst"], solve.residual.max(), rtol=1e-3)
+
+    # Adam's state is the gradient, times 1 - b1; its first step is of the learning rate.
+    momentum = optax.tree.get(state.optimizer_state, "mu")
+    scale = float(optax.tree.norm(gradient))
+    for one, other in zip(jax.tree.leaves(momentum), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(10 * one, other, rtol=1e-3, atol=1e-5 * scale)
+    for name in ("head", "stem"):
+        old, new, slope = (tree[name]["kernel"] for tree in (params, state.params, gradient))
+        sizable = np.abs(slope) > 1e-3 * np.abs(slope).max()
+        moved = (new - old)[sizable]
+        np.testing.assert_allclose(moved, -1e-3 * np.sign(slope[sizable]), rtol=1e-2)
+    assert (rest["norm_in"]["mean"] != state.rest["norm_in"]["mean"]).any()
+
+
+@pytest.mark.parametrize("model", ["weight_tied", "explicit"])
+def test_controls_report_no_solver(model, tmp_path, without_figures):
+    """Here with an evaluation every other epoch, and after the last."""
+    flags = [f"--model={model}", "--depth=2", "--epochs=3", "--eval-every=2", "--data.train=50"]
+    ended = run(script, *TINY, *flags, f"--run.dir={tmp_path}")
+    found = records(tmp_path)
+    assert ended.code == 0
+    assert "a control has no solver" in ended.output
+    assert ended.lines[-1] == f"test accuracy {found[-1]['test_accuracy']:.3f}"
+    assert ["test_accuracy" in record for record in found] == [False, True, True]
+    for record in found:
+        assert not [name for name in record if "forward" in name or "backward" in name]
+    assert (tmp_path / "curves.png").is_file()
+    assert not (tmp_path / "residuals.png").exists()
+
+
+@pytest.mark.parametrize("flags", [["solver:broyden", "--gradient.reuse"], ["gradient:phantom"]])
+def test_gradients_with_and_without_a_backward_report(flags, tmp_path, without_figures):
+    flags = [*flags, "--epochs=1", "--data.train=20", f"--run.dir={tmp_path}"]
+    ended = run(script, *TINY, *flags)
+    assert ended.code == 0
+    (record,) = records(tmp_path)
+    assert np.isfinite(record["train_loss"])
+    in_output = "| backward" in ended.output
+    assert ("backward_evaluations" in record) == in_output == ("--gradient.reuse" in flags)
 
 
 def test_batches_go_on_at_any_position():
-    parts = experiment(train_examples=50)
-    whole = list(parts.task.batches(1, 0))
-    rest = list(parts.task.batches(1, 2))
-    assert len(whole) == 5
-    assert len(rest) == 3
+    parts = Parts(script, *TINY, "--data.train=50")
+    whole, rest = (list(parts.batches(1, start)) for start in (0, 2))
+    assert (len(whole), len(rest)) == (5, 3)
     for one, other in zip(whole[2:], rest, strict=True):
         np.testing.assert_array_equal(one.inputs, other.inputs)
-    labels = np.concatenate([batch.targets for batch in whole])
-    np.testing.assert_array_equal(np.bincount(labels), np.bincount(parts.dataset.train.labels))
+        np.testing.assert_array_equal(one.targets, other.targets)
+    # Each of the 50 once.
+    assert len({image.tobytes() for batch in whole for image in batch.inputs}) == 50
 
 
-def test_non_finite_loss_ends_the_run_and_is_not_saved(tmp_path, capsys):
-    flags = ("--learning-rate=1e30", "--checkpoint-every-seconds=0", f"--run-dir={tmp_path}")
-    code, _, complaint = run(capsys, *flags)
-    assert code == 1
-    assert "became NaN or infinite in epoch 1, step " in complaint
-    parts = experiment(learning_rate=1e30)
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        restored = checkpoints.restore(parts.state)
-    if restored is not None:
-        assert int(restored[0].totals.failed_step) == -1
+def test_a_non_finite_loss_ends_the_run_and_is_not_saved(tmp_path, without_figures):
+    flags = [*TINY, "--model=explicit", "--depth=1", "--optim.lr=1e30", "--run.save-every=0"]
+    ended = run(script, *flags, f"--run.dir={tmp_path}")
+    assert ended.code == 1
+    assert "became NaN or infinite in epoch 1, step " in ended.complaint
+    assert "--optim.lr" in ended.complaint
+    assert not (tmp_path / "result.json").exists()
+    assert checkpoint_numbers(tmp_path)  # a rate that large does no harm before it is used
+    state, progress = Parts(script, *flags).restored(tmp_path)
+    assert (int(state.totals["failed"]), progress.epoch) == (NEVER, 0)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
-def test_data_that_changed_are_noticed(tmp_path, capsys, monkeypatch):
-    assert run(capsys, "--epochs=1", f"--run-dir={tmp_path}")[0] == 0
-    (tmp_path / "result.json").unlink()
-    dataset = load_dataset("digits", train_examples=200)
-    dataset.train.images[0, 0, 0, 0] ^= 1
-    monkeypatch.setattr(script, "load_dataset", lambda *_, **__: dataset)
-    code, _, complaint = run(capsys, "--epochs=1", f"--run-dir={tmp_path}")
-    assert code == 2
-    assert "other data" in complaint
-
-
-def test_tensorboard(tmp_path, capsys, monkeypatch):
-    assert run(capsys, "--epochs=1", "--tensorboard", f"--run-dir={tmp_path / 'one'}")[0] == 0
-    (events,) = (tmp_path / "one" / "tensorboard").iterdir()
-    assert b"backward_evaluations" in events.read_bytes()
+def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    code, _, complaint = run(capsys, "--tensorboard", f"--run-dir={tmp_path / 'two'}")
-    assert code == 2
-    assert "pip install -e '.[tensorboard]'" in complaint
-
-
-@pytest.mark.parametrize("reports", [True, False])
-def test_gradients_with_and_without_a_backward_report(reports, tmp_path, capsys):
-    gradient = ("--solver=broyden", "--gradient=shine") if reports else ("--gradient=phantom",)
-    code, output, _ = run(capsys, *gradient, "--epochs=1", f"--run-dir={tmp_path}")
-    assert code == 0
-    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert np.isfinite(record["train_loss"])
-    in_output = any("| backward" in line for line in output)
-    assert ("backward_evaluations" in record) == in_output == reports
-    assert (tmp_path / "residuals.png").is_file()
-
-
-@pytest.mark.parametrize("changes", [{}, {"start": "learned", "normalization": "spectral"}])
-def test_residual_traces_are_those_of_the_solves(changes):
-    if changes:  # far from their bound, so that normalised kernels are others
-        changes |= {"normalization_bound": 0.05, "kernel_std": 0.1}
-    parts = experiment(train_examples=50, **changes)
-    model = nnx.merge(parts.evaluation_definition, parts.state.params, parts.state.rest, copy=True)
-    examples = parts.dataset.evaluation.take(np.arange(5))
-    images = to_float(jax.numpy.asarray(examples.images), 16)
-    _, stats = model(images, return_stats=True)
-    traces, tolerances = residual_traces(model, images, jax.numpy.asarray(examples.labels))
-    assert list(traces) == ["forward", "backward"]
-    assert tolerances == {"forward": 0.1, "backward": 0.1}
-    for trace in traces.values():
-        assert trace.shape == (6, 5)
-    np.testing.assert_array_equal(np.isfinite(traces["forward"]).sum(0), stats.iterations)
-    np.testing.assert_allclose(np.nanmin(traces["forward"], 0), stats.residual, rtol=1e-5)
+    ended = run(script, *TINY, "--run.tensorboard", f"--run.dir={tmp_path}")
+    assert ended.code == 2
+    assert "--run.tensorboard needs tensorboardX" in ended.complaint
+    assert "pip install -e '.[tensorboard]'" in ended.complaint
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--batch-size=201"], "--batch-size must be at most the 200 training examples, got 201"),
-        (["--train-examples=2000"], "--train-examples must be at most 1438"),
-        (["--pool=3"], "--pool must be a divisor of the sides of digits's 8x8 images, got 3"),
-        (["--preset=mnist", "--data-dir=absent"], "prepare_data mnist --data-dir absent"),
+        (["--data.train=2000"], "--data.train must be at most 1438"),
+        (["--network.pool=3"], "--network does not fit digits: "),
+        (["mnist", "--data.dir=absent"], "prepare_data mnist --data-dir absent"),
     ],
+    ids=str,
 )
-def test_flags_that_do_not_fit_the_data(flags, message, tmp_path, capsys, monkeypatch):
+def test_flags_that_do_not_fit_the_data(flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, _, complaint = run(capsys, "--run-dir=here", *flags)
-    assert code == 2
-    assert message in complaint
-    assert "Traceback" not in complaint
-
-
-def test_corrected_flag_does_not_meet_the_refused_one(tmp_path, capsys):
-    flags = ("--epochs=1", f"--run-dir={tmp_path}")
-    assert run(capsys, "--batch-size=201", *flags)[0] == 2
-    assert run(capsys, *flags)[0] == 0
+    ended = run(script, *TINY, "--run.dir=here", *flags)
+    assert ended.code == 2
+    assert message in ended.complaint
+    assert "Traceback" not in ended.errors

@@ -1,7 +1,5 @@
 """Folders of one's own images, read and trained on."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +9,7 @@ from experiments.data.images import load_images
 from experiments.train.errors import DatasetNotFoundError, UsageError
 from tests.experiments.conftest import TINY
 from tests.experiments.test_data import evaluation, training
+from tests.experiments.training import records, run
 
 CLASSES = ("apple", "bread", "cup", "door", "egg")
 
@@ -67,7 +66,7 @@ def test_colours(tmp_path, mode, channels):
 def test_sizes_that_differ(tmp_path):
     make(tmp_path)
     Image.new("RGB", (20, 9)).save(tmp_path / "cup" / "wide.png")
-    with pytest.raises(UsageError, match=r"9x20.*--image-size|--image-size.*9x20"):
+    with pytest.raises(UsageError, match=r"9x20.*--data.size|--data.size.*9x20"):
         load_images(str(tmp_path))
     dataset = load_images(str(tmp_path), image_size=16)
     assert dataset.image_shape == (16, 16, 3)
@@ -81,7 +80,7 @@ def test_what_is_wrong_is_named(tmp_path):
         load_images(str(tmp_path / "absent"))
     with pytest.raises(DatasetNotFoundError, match="at least two classes"):
         load_images(str(tmp_path))
-    with pytest.raises(UsageError, match="--image-size"):
+    with pytest.raises(UsageError, match=r"--data\.size"):
         load_images("digits", image_size=16)
     make(tmp_path)
     (tmp_path / "bread" / "broken.png").write_bytes(b"no picture")
@@ -107,13 +106,11 @@ def test_a_folder_of_the_name_of_a_data_set_is_not_taken_for_it(tmp_path, monkey
     assert load_images("./digits").image_shape == (12, 12, 3)
 
 
-def test_the_script_trains_on_a_folder(tmp_path, capsys):
+def test_the_command_trains_on_a_folder(tmp_path, without_figures):
     folder = make(tmp_path / "food", size=(10, 14), suffix="jpg")
-    flags = [f"--data={folder}", "--image-size=8", "--batch-size=20", "--epochs=8"]
-    flags += ["--train-examples=40", "--eval-examples=10", "--learning-rate=0.01"]
-    code = image_classification.main([*TINY, *flags, f"--run-dir={tmp_path / 'run'}"])
-    output = capsys.readouterr()
-    assert code == 0, output.err
-    assert "food, 40 training and 10 test images of 8x8x3, 5 classes" in output.out
-    result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
-    assert result["test_accuracy"] > 0.4  # chance is 0.2
+    flags = [f"--data.name={folder}", "--data.size=8", "--batch-size=20", "--epochs=12"]
+    flags += ["--data.train=40", "--data.eval=10", "--optim.lr=0.01"]
+    ended = run(image_classification, *TINY, *flags, f"--run.dir={tmp_path / 'run'}")
+    assert ended.code == 0, ended.errors
+    assert "food, 40 training and 10 test images of 8x8x3, 5 classes" in ended.output
+    assert records(tmp_path / "run")[-1]["test_accuracy"] > 0.4  # chance is 0.2

@@ -1,41 +1,37 @@
-import dataclasses
-import json
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from experiments.train.checkpoints import Checkpoints
-from experiments.train.language_config import PRESETS, parse
-from experiments.train.logging import Reporter
-from experiments.train.script import resume
-from experiments.train.sequence_experiment import build_model
 from flax import nnx
 
 from experiments import language_model as script
 from experiments.data.text import stream_steps, windows
-from experiments.train.loop import Trainer
-from experiments.train.runs import RunDirectory
-from tests.experiments.test_resume import StopAfter
+from experiments.language_model import PRESETS
+from experiments.report.trained import read_run
+from experiments.train import loop
+from experiments.train.sequences import build_model
+from tests.experiments.training import Parts, StopAfter, leaves, records, run
 
 VERSE = "the quick brown fox jumps over the lazy dog.\nand the dog sleeps on.\n"
 
 TINY = [
-    "--length=8",
+    "--data.length=8",
+    "--data.steps-per-epoch=3",
     "--batch-size=4",
     "--eval-batch-size=3",
     "--epochs=2",
-    "--steps-per-epoch=3",
     "--eval-every=1",
-    "--features=8",
-    "--hidden-features=8",
-    "--heads=2",
-    "--tol=1e-3",
-    "--max-iter=15",
-    "--warmup-steps=2",
-    "--no-progress",
+    "--network.features=8",
+    "--network.hidden-features=8",
+    "--cell.heads=2",
+    "--solver.tol=1e-3",
+    "--solver.max-iter=15",
+    "--optim.warmup=2",
+    "--run.no-progress",
 ]
+
+pytestmark = pytest.mark.usefixtures("without_figures")
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +42,17 @@ def text(tmp_path_factory):
     return file
 
 
-def prepared(text, folder, *flags):
-    folder.mkdir(exist_ok=True)
-    return script.load(parse([*TINY, f"--text={text}", *flags]), RunDirectory(folder))
+@pytest.fixture
+def parts(text, tmp_path):
+    """`parts(flags)` of a run on the text."""
+    return lambda *flags: Parts(script, *TINY, f"--data.name={text}", *flags, folder=tmp_path)
+
+
+def compiled(model):
+    """The network of a run, compiled, as a function of tokens alone."""
+    definition, state = nnx.split(model)
+    network = jax.jit(lambda state, tokens: nnx.merge(definition, state, copy=True)(tokens))
+    return lambda tokens: network(state, tokens)
 
 
 def losses_of(logits, targets):
@@ -57,69 +61,83 @@ def losses_of(logits, targets):
     return np.log(np.exp(logits).sum(-1)) - chosen
 
 
-def test_a_run_from_the_command_line(text, tmp_path, capsys):
-    code = script.main([*TINY, f"--text={text}", "--level=words", f"--run-dir={tmp_path}"])
-    output = capsys.readouterr().out.splitlines()
-    assert code == 0
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    assert [record["step"] for record in records] == [3, 6]
-    last = records[-1]
-    assert last["validation_perplexity"] == pytest.approx(math.exp(last["validation_loss"]))
-    assert output[-1].startswith(f"validation loss {last['validation_loss']:.4f} nats a token")
+def test_a_run_from_the_command_line(text, tmp_path):
+    flags = [*TINY, "--data.level=words", f"--run.dir={tmp_path}"]
+    ended = run(script, *flags, f"--data.name={text}")
+    assert ended.code == 0
+    found = records(tmp_path)
+    assert [record["step"] for record in found] == [3, 6]
+    last = found[-1]
+    assert ended.lines[-1].startswith(f"validation loss {last['validation_loss']:.4f} nats a token")
+    assert f"perplexity {last['validation_perplexity']:.2f}, " in ended.lines[-1]
     assert last["forward_converged"] == 1
+    assert last["train_extra"] > 0  # the preset's penalty on the Jacobian
     assert (tmp_path / "vocabulary.json").is_file()
-    for figure in ("curves", "residuals"):
-        assert (tmp_path / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
 
-    # With another text the same folder is refused, and the same command has nothing to do.
-    assert script.main([*TINY, "--level=words", "--text=b.txt", f"--run-dir={tmp_path}"]) == 2
-    assert "--text was" in capsys.readouterr().err
-    assert script.main([*TINY, "--level=words", f"--text={text}", f"--run-dir={tmp_path}"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == output[-1]
-
-
-@pytest.mark.parametrize("level", ["characters", "words"])
-def test_figures_are_those_of_the_whole_text(level, text, tmp_path):
-    """Each token but the first is predicted once, from the windows written out here."""
-    parts = prepared(text, tmp_path, f"--level={level}", "--model=weight_tied", "--depth=2")
-    tokens, losses = parts.dataset.evaluation, []
-    network = jax.jit(nnx.merge(parts.evaluation_definition, parts.state.params, {}))
+    # Each token but the first is predicted once: from the windows written out here.
+    trained = read_run(tmp_path)
+    dataset, network = trained.dataset, compiled(trained.model)
+    tokens, losses = dataset.text.evaluation, []
     for start in range(0, len(tokens) - 1, 8):
         window = tokens[start : start + 9]
-        losses += losses_of(network(window[None, :-1]), window[None, 1:]).ravel().tolist()
+        padded = np.zeros(9, np.int32)
+        padded[: len(window)] = window
+        # A position does not depend on those behind it.
+        logits = network(padded[None, :-1])[:, : len(window) - 1]
+        losses += losses_of(logits, window[None, 1:]).ravel().tolist()
     assert len(losses) == len(tokens) - 1
-    record = parts.task.evaluate(parts.state, lambda: False)
     mean = float(np.mean(losses))
-    assert record["validation_loss"] == pytest.approx(mean, rel=1e-4)
-    characters = len(text.read_text()) // 10
-    bits = mean / math.log(2) * len(tokens) / characters
-    assert record["validation_bits_per_character"] == pytest.approx(bits, rel=0.05)
+    assert last["validation_loss"] == pytest.approx(mean, rel=1e-3)
+    assert last["validation_perplexity"] == pytest.approx(math.exp(last["validation_loss"]))
+    per_token = len(text.read_text()) // 10 / len(tokens)
+    bits = mean / math.log(2) / per_token
+    assert last["validation_bits_per_character"] == pytest.approx(bits, rel=0.05)
+    exact = last["validation_loss"] / math.log(2) / dataset.text.characters_per_token
+    assert last["validation_bits_per_character"] == pytest.approx(exact)
+
+    # With another text the same folder is refused, and the same command has nothing to do.
+    refused = run(script, *flags, "--data.name=b.txt")
+    assert refused.code == 2
+    assert f"data.name was {text}, is now b.txt" in refused.complaint
+    assert run(script, *flags, f"--data.name={text}").lines[-1] == ended.lines[-1]
+
+
+def test_bits_per_character_of_characters(parts):
+    """A character is a token, so that they are those of the loss."""
+    bits = parts().dataset.figures({"validation_loss": math.log(8)})
+    assert bits["validation_bits_per_character"] == pytest.approx(3)
+    assert bits["validation_perplexity"] == pytest.approx(8)
 
 
 @pytest.mark.parametrize("model", ["weight_tied", "deq"])
-def test_memory_makes_segments_one_long_sequence(model, text, tmp_path):
+def test_memory_makes_segments_one_long_sequence(model, parts):
     """Evaluated in segments of 8 with all before them in memory, or each row at once."""
-    flags = [f"--model={model}", "--depth=3", "--segment-memory=64", "--eval-batch-size=2"]
-    parts = prepared(text, tmp_path, *flags, "--tol=1e-5", "--max-iter=60")
-    network = nnx.merge(parts.evaluation_definition, parts.state.params, {})
-    batches = list(windows(parts.dataset.evaluation, length=8, count=2, contiguous=True))
+    flags = [f"--model={model}", "--depth=3", "--network.memory=64", "--eval-batch-size=2"]
+    found = parts(*flags, "--solver.tol=1e-5", "--solver.max-iter=60")
+    evaluation = found.dataset.text.evaluation
+    definition, state = found.definition(training=False), found.state
+    network = compiled(nnx.merge(definition, state.params, state.rest))
+    batches = list(windows(evaluation, length=8, count=2, contiguous=True))
     inputs, targets, counts = (np.concatenate(part, 1) for part in zip(*batches, strict=True))
-    assert counts.sum() == len(parts.dataset.evaluation) - 1
-    mean = losses_of(network(inputs), targets)[counts].mean()
-    record = parts.task.evaluate(parts.state, lambda: False)
-    assert record["validation_loss"] == pytest.approx(mean, rel=1e-4)
+    assert counts.sum() == len(evaluation) - 1
+    whole = losses_of(network(inputs), targets)
+    record = found.evaluate(state, found.dataset.evaluation_batches(2))
+    assert record["validation_loss"] == pytest.approx(whole[counts].mean(), rel=1e-4)
     # It matters: without memory each segment starts from nothing.
     first = losses_of(network(batches[1][0]), batches[1][1])
-    assert np.abs(first - losses_of(network(inputs), targets)[:, 8:16]).max() > 1e-2
+    assert np.abs(first - whole[:, 8:16]).max() > 1e-2
 
 
-def test_training_with_memory_goes_through_the_streams(text, tmp_path):
-    parts = prepared(text, tmp_path, "--segment-memory=8", "--steps-per-epoch=20")
-    tokens = parts.dataset.train
+MEMORY = ["--network.memory=12", "--network.dropout=0.2", "--cell.attention-dropout=0.1"]
+MEMORY += ["--optim.clip=0.5"]
+
+
+def test_training_with_memory_goes_through_the_streams(parts):
+    found = parts(*MEMORY, "--data.steps-per-epoch=20")
+    tokens = found.dataset.text.train
     segments = stream_steps(len(tokens), length=8, count=4)
     assert 20 < segments < 40
-    batches = [batch for epoch in (0, 1) for batch in parts.task.batches(epoch, 0)]
+    batches = [batch for epoch in (0, 1) for batch in found.batches(epoch)]
     for number, batch in enumerate(batches):
         start = number % segments * 8
         for row in range(4):
@@ -127,82 +145,71 @@ def test_training_with_memory_goes_through_the_streams(text, tmp_path):
             np.testing.assert_array_equal(batch.inputs[row], expected[:-1])
             np.testing.assert_array_equal(batch.targets[row], expected[1:])
         assert batch.first.tolist() == [number % segments == 0] * 4
+    later = list(found.batches(1, 3))
+    assert len(later) == 17
+    np.testing.assert_array_equal(later[0].inputs, batches[23].inputs)
 
 
-def test_memory_is_that_of_the_batch_before_and_ends_with_the_stream(text, tmp_path):
-    parts = prepared(text, tmp_path, "--segment-memory=12")
-    assert parts.state.memory.state.shape == (4, 12, 8)
-    one, two, *_ = parts.task.batches(0, 0)
-    state, _ = parts.task.train_step(parts.state, one, 0)
+def test_memory_is_that_of_the_batch_before_and_ends_with_the_stream(parts):
+    found = parts(*MEMORY)
+    assert found.state.memory.state.shape == (4, 12, 8)
+    one, two, *_ = found.batches()
+    state, _ = found.step(found.state, one)
     assert state.memory.length.tolist() == [8] * 4
     before = np.asarray(state.memory.state)
     np.testing.assert_array_equal(before[:, :4], 0)
-    state, _ = parts.task.train_step(state, two, 1)
+    assert (before[:, 4:] != 0).all()
+    state, _ = found.step(state, two, 1)
     assert state.memory.length.tolist() == [12] * 4
     np.testing.assert_array_equal(state.memory.state[:, :4], before[:, -4:])
-    state, _ = parts.task.train_step(state, one._replace(first=np.arange(4) < 2), 2)
+    state, _ = found.step(state, one._replace(first=np.arange(4) < 2), 2)
     assert state.memory.length.tolist() == [8, 8, 12, 12]
 
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        ("--segment-memory=8", "--dropout=0.2", "--attention-dropout=0.1", "--clip=0.5"),
-        ("--cell=trellis", "--model=explicit", "--depth=1", "--segment-memory=1"),
-    ],
+    [MEMORY, ["--model=explicit", "cell:trellis", "--depth=1", "--network.memory=1"]],
+    ids=["transformer", "trellis"],
 )
-def test_stopped_runs_end_with_the_same_bits(flags, text, tmp_path):
-    """In one go, and stopped after each step and each evaluation."""
-    parts = prepared(text, tmp_path / "data", *flags)
-    initial = jax.device_get(parts.state)
-
-    def train(folder, questions):
-        folder.mkdir(exist_ok=True)
-        fresh = dataclasses.replace(parts, state=jax.tree.map(jnp.array, initial))
-        directory = RunDirectory(folder)
-        with Checkpoints(directory.checkpoints) as checkpoints:
-            stop = StopAfter(questions)
-            trainer = Trainer(fresh.task, checkpoints, Reporter(directory), stop, 1e9, False)
-            state, progress = resume(fresh, checkpoints)
-            return trainer.run(state, progress), progress
-
-    expected, whole = train(tmp_path / "whole", 10_000)
-    batches = 1 + (len(parts.dataset.evaluation) - 2) // (3 * 8)
-    state, sessions = None, 0
-    while state is None:
-        # As many questions as a whole evaluation, which starts over, and a step need.
-        state, progress = train(tmp_path / "stopped", batches + 1)
-        sessions += 1
-    assert sessions > 2
-    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
-        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
-            one, other = jax.random.key_data(one), jax.random.key_data(other)
-        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
-    assert [record["validation_loss"] for record in progress.history] == [
-        record["validation_loss"] for record in whole.history
-    ]
+def test_stopped_runs_end_with_the_same_bits(flags, text, tmp_path, monkeypatch):
+    """In one go, and stopped again and again, in the middle of epochs."""
+    common = [flag for flag in TINY if "cell.heads" not in flag or "cell:trellis" not in flags]
+    flags = [*common, *flags, f"--data.name={text}"]
+    assert run(script, *flags, f"--run.dir={tmp_path / 'whole'}").code == 0
+    evaluation = read_run(tmp_path / "whole").dataset.evaluation_batches(3)
+    # As many questions as a whole evaluation, which starts over, and a step need.
+    questions = len(list(evaluation)) + 1
+    monkeypatch.setattr(loop, "GracefulStop", lambda: StopAfter(questions))
+    codes = [130]
+    while codes[-1] == 130:
+        codes.append(run(script, *flags, f"--run.dir={tmp_path / 'stopped'}").code)
+        assert len(codes) < 10
+    assert codes[-1] == 0
+    assert len(codes) > 3
+    found = Parts(script, *flags, folder=tmp_path / "whole")
+    (one, _), (other, _) = (found.restored(tmp_path / name) for name in ("whole", "stopped"))
+    assert leaves(one) == leaves(other)
+    assert records(tmp_path / "whole") == records(tmp_path / "stopped")
 
 
 def test_two_devices_with_memory_are_as_one(text, tmp_path):
-    flags = ["--segment-memory=8", "--eval-batch-size=2", "--tol=1e-4", "--solver=picard"]
-    flags += ["--gradient=one_step", "--max-iter=40"]
-    losses = []
+    flags = ["solver:picard", "gradient:one-step", "--network.memory=8", "--eval-batch-size=2"]
+    flags += ["--solver.tol=1e-4", "--solver.max-iter=40", "--epochs=1", f"--data.name={text}"]
+    found = []
     for count in (1, 2):
-        parts = prepared(text, tmp_path, *flags, f"--devices={count}")
-        state, found = parts.state, []
-        for number, batch in enumerate(list(parts.task.batches(0, 0))):
-            state, metrics = parts.task.train_step(state, batch, number)
-            found.append(float(metrics["loss"]))
-        record = parts.task.evaluate(state, lambda: False)
-        losses.append([*found, record["validation_loss"]])
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+        folder = tmp_path / str(count)
+        ended = run(script, *TINY, *flags, f"--devices={count}", f"--run.dir={folder}")
+        assert ended.code == 0
+        found += records(folder)
+    for name in ("train_loss", "train_extra", "validation_loss", "validation_accuracy"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=1e-3)
 
 
 def test_presets_fit_what_they_are_compared_with():
     """nanoGPT's figures: 0.8M parameters at context 64, 10.7M at context 256."""
     for name, most, length in (("cpu", 0.8e6, 64), ("accelerator", 10.7e6, 256)):
         config = PRESETS[name]
-        assert config.length == length
+        assert config.data.length == length
         model = nnx.eval_shape(lambda config=config: build_model(config, 65))
         sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
         assert 0.5 * most < sum(sizes) <= most
@@ -211,19 +218,17 @@ def test_presets_fit_what_they_are_compared_with():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--text=absent.txt"], "absent.txt"),
-        (["--length=5000"], "5000"),
-        (["--evaluation-fraction=1.5"], "--evaluation-fraction must be above 0 and below 1"),
-        (["--level=characters", "--vocabulary-size=5"], "--vocabulary-size"),
-        (["--text=tiny_shakespeare", "--data-dir=absent"], "prepare_data tiny_shakespeare"),
+        (["--data.name=absent.txt"], "there is no text file absent.txt"),
+        (["--data.length=5000"], "has no window of 5000"),
+        (["--data.evaluation=1.5"], "--data.evaluation must be above 0 and below 1"),
+        (["--data.level=characters", "--data.vocabulary=5"], "--data.vocabulary must be at least"),
+        (["--data.name=tiny_shakespeare", "--data.dir=absent"], "prepare_data tiny_shakespeare"),
+        (["--model=lstm", "--network.memory=3"], "--network.memory is not for --model lstm"),
     ],
+    ids=str,
 )
-def test_what_does_not_fit_is_named(flags, message, text, tmp_path, capsys):
-    try:
-        code = script.main([*TINY, f"--text={text}", f"--run-dir={tmp_path}", *flags])
-    except SystemExit as stopped:
-        code = stopped.code
-    complaint = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert code == 2
-    assert message in complaint
-    assert "Traceback" not in complaint
+def test_what_does_not_fit_is_named(flags, message, text, tmp_path):
+    ended = run(script, *TINY, f"--data.name={text}", f"--run.dir={tmp_path}", *flags)
+    assert ended.code == 2
+    assert message in ended.complaint
+    assert "Traceback" not in ended.errors

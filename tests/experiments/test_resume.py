@@ -1,6 +1,9 @@
-import dataclasses
-import json
+"""Runs that are killed, stopped or damaged, and go on to the same bits as one that is not."""
+
+import errno
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,27 +14,63 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from experiments.train.checkpoints import Checkpoints
-from experiments.train.image_experiment import prepare
-from experiments.train.image_presets import parse
-from experiments.train.logging import Reporter
-from experiments.train.script import resume
-from experiments.train.signals import GracefulStop
 
-from experiments.data.images import load_dataset
-from experiments.train.loop import Progress, Trainer
-from experiments.train.runs import RunDirectory
+from experiments import image_classification as script
+from experiments.train import loop, runs
+from experiments.train.errors import CheckpointError, RunInUseError
+from experiments.train.loop import GracefulStop, Progress
+from experiments.train.runs import Checkpoints, RunFolder
 from tests.conftest import CACHE
 from tests.experiments.conftest import TINY
+from tests.experiments.training import (
+    Parts,
+    StopAfter,
+    checkpoint_numbers,
+    command_line,
+    leaves,
+    records,
+    run,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-EPOCHS = 3
 STEPS = 20
-LIMIT = 120.0
+
+pytestmark = pytest.mark.usefixtures("without_figures")
 
 
-def start(run_dir, *flags):
-    """Starts the script as a user does."""
+@pytest.fixture(scope="module")
+def parts():
+    with jax.numpy_dtype_promotion("standard"):
+        return Parts(script, *TINY)
+
+
+@pytest.fixture
+def ends_as(parts, image_run):
+    """`ends_as(folder)` compares a run, bit for bit, with one that nothing happened to."""
+
+    def compare(folder, image_run=image_run):
+        assert records(folder) == records(image_run.folder)
+        (state, progress), (expected, whole) = map(parts.restored, (folder, image_run.folder))
+        assert (progress.epoch, progress.position, progress.data) == (2, 0, whole.data)
+        assert leaves(state) == leaves(expected)
+
+    return compare
+
+
+@pytest.fixture
+def unfinished(image_run, tmp_path):
+    """A copy of the finished run with what it was after its first epoch, and after its second."""
+    folder = tmp_path / "unfinished"
+    shutil.copytree(image_run.folder, folder)
+    (folder / "result.json").unlink()
+    return folder
+
+
+# ------------------------------------------------------------------------------ kills and stops
+
+
+def start(folder, *flags):
+    """Starts the command in a process of its own, which computes what the tests' process does."""
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
@@ -39,11 +78,9 @@ def start(run_dir, *flags):
         # JAX 0.10.0 takes what is in its own cache for code of another machine, and says so.
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    # The settings of the tests' own process; a user has none.
-    environment.pop("XLA_FLAGS")
-    command = [sys.executable, "-m", "experiments.image_classification", *TINY]
+    words = command_line(*TINY, f"--run.dir={folder}", *flags)
     return subprocess.Popen(
-        [*command, f"--epochs={EPOCHS}", f"--run-dir={run_dir}", *flags],
+        [sys.executable, "-m", "experiments.image_classification", *words],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -52,131 +89,74 @@ def start(run_dir, *flags):
     )
 
 
-def finish(process):
-    output, complaint = process.communicate(timeout=LIMIT)
-    return process.returncode, output, complaint
-
-
 def wait_until(condition, process):
-    deadline = time.monotonic() + LIMIT
     while not condition():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
         time.sleep(0.002)
 
 
-def newest(run_dir):
-    numbers = [int(p.name) for p in (run_dir / "checkpoints").glob("*") if p.name.isdecimal()]
-    return max(numbers, default=-1)
-
-
-def restore(run_dir):
-    """The newest checkpoint: `[(name, array)]` and the progress."""
-    config = parse([*TINY, f"--epochs={EPOCHS}"])
-    template = prepare(config, load_dataset("digits", train_examples=200)).state
-    with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        state, progress = checkpoints.restore(template)
-    return jax.tree_util.tree_leaves_with_path(state), progress
-
-
-def records(run_dir):
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-
-
-def test_killed_and_interrupted_run_ends_with_the_same_bits(tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    code, output, complaint = finish(start(whole))
-    assert (code, complaint) == (0, "")
-
+def test_a_killed_and_interrupted_run_ends_with_the_same_bits(tmp_path, parts, ends_as, image_run):
     # It saves after each step, so that the kill is likely to hit it while it writes.
-    process = start(broken, "--checkpoint-every-seconds=0")
-    wait_until(lambda: newest(broken) >= 6, process)
+    process = start(tmp_path, "--run.save-every=0")
+    wait_until(lambda: max(checkpoint_numbers(tmp_path), default=0) >= 6, process)
     process.kill()
-    assert finish(process)[0] == -signal.SIGKILL
-    _, progress = restore(broken)
-    assert (progress["epoch"], progress["history"]) == (0, [])
-    assert 0 < progress["position"] < STEPS
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    _, progress = parts.restored(tmp_path)
+    assert (progress.epoch, progress.history) == (0, [])
+    assert 0 < progress.position < STEPS
 
     # What a kill may leave behind in the middle of writing.
-    (broken / "metrics.jsonl").write_text('{"epoch": 1, "st')
-    process = start(broken)
-    wait_until(lambda: len((broken / "metrics.jsonl").read_text().splitlines()) == 1, process)
-    wait_until(lambda: (broken / "metrics.jsonl").read_text().endswith("\n"), process)
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "st')
+    process = start(tmp_path, "--run.save-every=0")
+    newest = max(checkpoint_numbers(tmp_path))
+    wait_until(lambda: max(checkpoint_numbers(tmp_path)) > newest, process)
     process.send_signal(signal.SIGINT)
-    code, interrupted, complaint = finish(process)
-    assert code == 130
+    output, complaint = process.communicate()
+    assert process.returncode == 130
     assert "once more to stop without saving" in complaint
-    assert "going on in epoch 1 after step " in interrupted
-    assert "and saved" in interrupted.splitlines()[-1]
+    assert f"going on in epoch 1 after step {progress.position}" in output
+    assert output.splitlines()[-1].startswith("stopped in epoch ")
+    assert "and saved" in output.splitlines()[-1]
+    assert not (tmp_path / "result.json").exists()
 
-    code, resumed, complaint = finish(start(broken))
-    assert (code, complaint) == (0, "")
-    assert "going on in epoch " in resumed
-    assert resumed.splitlines()[-1] == output.splitlines()[-1]
-    assert [record["epoch"] for record in records(broken)] == [1, 2, 3]
-    assert records(broken) == records(whole)
-    (leaves, progress), (expected_leaves, expected) = restore(broken), restore(whole)
-    assert (progress["epoch"], progress["data"]) == (EPOCHS, expected["data"])
-    for (path, leaf), (expected_path, expected_leaf) in zip(leaves, expected_leaves, strict=True):
-        assert path == expected_path
-        assert np.asarray(leaf).tobytes() == np.asarray(expected_leaf).tobytes(), path
+    ended = run(script, *TINY, f"--run.dir={tmp_path}")
+    assert (ended.code, ended.errors) == (0, "")
+    assert "going on in epoch " in ended.output
+    assert ended.lines[-1] == image_run.ended.lines[-1]
+    ends_as(tmp_path)
 
 
-class StopAfter:
-    """A stop that is requested at the n-th question."""
-
-    def __init__(self, questions):
-        self.left = questions
-
-    def requested(self):
-        self.left -= 1
-        return self.left < 0
-
-
-@pytest.fixture(scope="module")
-def train():
-    """`train(folder, stop)` trains on from the newest checkpoint; returns the state or None."""
-    with jax.numpy_dtype_promotion("standard"):
-        config = parse([*TINY, "--train-examples=40", "--eval-batch-size=400"])
-        experiment = prepare(config, load_dataset("digits", train_examples=40))
-    initial = jax.device_get(experiment.state)
-
-    def train(run_dir, stop):
-        # One compiled step for all; the state is donated to it.
-        fresh = dataclasses.replace(experiment, state=jax.tree.map(jnp.array, initial))
-        directory = RunDirectory(run_dir)
-        run_dir.mkdir(exist_ok=True)
-        with Checkpoints(directory.checkpoints) as checkpoints:
-            trainer = Trainer(fresh.task, checkpoints, Reporter(directory), stop, 1e9, False)
-            state, progress = resume(fresh, checkpoints)
-            return trainer.run(state, progress), progress
-
-    return train
-
-
-def test_stop_at_any_boundary_loses_nothing(train, tmp_path):
-    """Stops at each question that the loop asks: between two steps, and before the evaluation."""
-    expected, expected_progress = train(tmp_path / "whole", StopAfter(1000))
-    positions, state = [], None
-    while state is None:
-        # The first question is answered with no, or it would never get on.
-        state, progress = train(tmp_path / "stopped", StopAfter(1))
+def test_a_stop_at_any_boundary_loses_nothing(tmp_path, parts, ends_as, monkeypatch):
+    """Stops at each question that the loop asks: between two steps, and in the evaluation."""
+    # 9 questions are a few steps, or the two batches of an evaluation and a few steps.
+    monkeypatch.setattr(loop, "GracefulStop", lambda: StopAfter(9))
+    positions = []
+    while (ended := run(script, *TINY, f"--run.dir={tmp_path}")).code == 130:
+        _, progress = parts.restored(tmp_path)
         positions.append((progress.epoch, progress.position))
+        where = f"stopped in epoch {progress.epoch + 1}, step {progress.position}, and saved"
+        assert where in ended.output
         assert len(positions) <= 10
-    first, second = [[(epoch, position) for position in range(5)] for epoch in (0, 1)]
-    assert positions == [*first[1:], *second, (2, 0)]
-    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
-        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
-    for one, other in zip(progress.history, expected_progress.history, strict=True):
-        assert one | {"seconds": 0} == other | {"seconds": 0}
+    assert ended.code == 0
+    # In an epoch of 20 steps: after 9, 18; in the other one 5 steps on, since the evaluation asks
+    # twice and the last answer is no.
+    assert positions == [(0, 9), (0, 18), (1, 5), (1, 14)]
+    ends_as(tmp_path)
 
 
-def test_stop_saves_even_when_no_checkpoint_is_due(train, tmp_path):
-    state, progress = train(tmp_path, StopAfter(2))
-    assert state is None
-    assert (progress.epoch, progress.position) == (0, 2)
-    assert newest(tmp_path) == 0
+def test_a_stop_before_the_evaluation_does_it_later(tmp_path, parts, monkeypatch):
+    flags = [*TINY, "--epochs=1", "--data.train=20", "--data.eval=200", f"--run.dir={tmp_path}"]
+    for questions, position in ((0, 0), (2, 2), (1, 2)):
+        monkeypatch.setattr(loop, "GracefulStop", lambda questions=questions: StopAfter(questions))
+        ended = run(script, *flags)
+        assert ended.code == 130
+        assert f"stopped in epoch 1, step {position}" in ended.output
+    # What was not due was saved all the same.
+    assert checkpoint_numbers(tmp_path) == [1, 2]
+    monkeypatch.setattr(loop, "GracefulStop", lambda: StopAfter(2))
+    assert run(script, *flags).code == 0
+    assert [record["step"] for record in records(tmp_path)] == [2]
 
 
 def test_signals_are_noted_once_and_handlers_restored():
@@ -193,6 +173,54 @@ def test_signals_are_noted_once_and_handlers_restored():
     assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
+# --------------------------------------------------------------------------- damaged checkpoints
+
+
+def truncate(checkpoint):
+    """Cuts the largest file in half."""
+    largest = max(checkpoint.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def garble(checkpoint):
+    """Other bytes in every file of the arrays."""
+    for path in (checkpoint / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(bytes(255 - byte for byte in path.read_bytes()))
+
+
+def lose_arrays(checkpoint):
+    shutil.rmtree(checkpoint / "state")
+
+
+def lose_progress(checkpoint):
+    shutil.rmtree(checkpoint / "progress")
+
+
+@pytest.mark.parametrize("damage", [truncate, garble, lose_arrays, lose_progress])
+def test_the_checkpoint_before_a_damaged_one_is_used(damage, unfinished, ends_as, image_run):
+    damage(unfinished / "checkpoints" / "1")
+    ended = run(script, *TINY, f"--run.dir={unfinished}")
+    assert (ended.code, ended.errors) == (0, "")
+    (warning,) = (line for line in ended.lines if line.startswith("warning: "))
+    assert f"checkpoint 1 in {unfinished / 'checkpoints'} cannot be read (" in warning
+    assert warning.endswith("it is deleted, and checkpoint 0 is used")
+    assert "going on in epoch 2 after step 0" in ended.output
+    assert ended.lines[-1] == image_run.ended.lines[-1]
+    ends_as(unfinished)
+
+
+def test_no_checkpoint_that_can_be_read_is_an_error(unfinished):
+    for number in ("0", "1"):
+        truncate(unfinished / "checkpoints" / number)
+    ended = run(script, *TINY, f"--run.dir={unfinished}")
+    assert ended.code == 2
+    assert f"no checkpoint in {unfinished / 'checkpoints'} can be read" in ended.complaint
+    assert "checkpoint 1, failed with: " in ended.complaint
+    # Nothing is deleted that somebody may still save.
+    assert checkpoint_numbers(unfinished) == [0, 1]
+
+
 def test_checkpoints_keep_the_last_two_bit_for_bit(tmp_path):
     state = {
         "weights": jnp.asarray([1e-45, -0.0, 3.0], jnp.float32),
@@ -203,20 +231,18 @@ def test_checkpoints_keep_the_last_two_bit_for_bit(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore(state) is None
         for number in range(4):
-            checkpoints.save(state, Progress(epoch=number, history=[{"loss": 0.1}]).__dict__)
+            checkpoints.save(state, vars(Progress(epoch=number, history=[{"loss": 0.1}])))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
-    template = jax.tree.map(jnp.zeros_like, state | {"key": jnp.zeros(())})
-    template["key"] = jax.random.key(0)
+    template = {name: jnp.zeros_like(leaf) for name, leaf in state.items() if name != "key"}
+    template = {name: template.get(name, jax.random.key(0)) for name in state}
     with Checkpoints(tmp_path) as checkpoints:
         restored, progress = checkpoints.restore(template)
     assert Progress(**progress) == Progress(epoch=3, history=[{"loss": 0.1}])
+    assert leaves(restored) == leaves(state)
     assert jnp.array_equal(jax.random.normal(restored["key"]), jax.random.normal(state["key"]))
-    for name in ("weights", "half", "count"):
-        assert restored[name].dtype == state[name].dtype
-        assert np.asarray(restored[name]).tobytes() == np.asarray(state[name]).tobytes()
 
 
-def test_half_written_checkpoint_is_passed_over(tmp_path):
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     state = {"weights": jnp.ones(3)}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, {"epoch": 1})
@@ -226,3 +252,199 @@ def test_half_written_checkpoint_is_passed_over(tmp_path):
         assert checkpoints.restore(state)[1] == {"epoch": 1}
         checkpoints.save(state, {"epoch": 2})
         assert checkpoints.restore(state)[1] == {"epoch": 2}
+
+
+# ----------------------------------------------------------------- the folder, and what it holds
+
+
+def test_a_finished_run_prints_its_result_again(image_run, monkeypatch):
+    """It needs no data for that; and what the result does not depend on may differ."""
+    monkeypatch.setattr(script, "load_images", None)
+    before = {path: path.read_bytes() for path in image_run.folder.rglob("*") if path.is_file()}
+    flags = ["--run.save-every=5", "--data.dir=elsewhere", f"--run.dir={image_run.folder}"]
+    ended = run(script, *TINY, *flags)
+    assert (ended.code, ended.errors) == (0, "")
+    assert ended.lines == [
+        f"{image_run.folder} is finished; --run.fresh starts over",
+        image_run.ended.lines[-1],
+    ]
+    for path, content in before.items():
+        assert path.read_bytes() == content
+
+
+def test_other_settings_are_refused_by_name(image_run):
+    flags = ["solver:picard", "--epochs=3", "--solver.tol=0.2", f"--run.dir={image_run.folder}"]
+    ended = run(script, *TINY, *flags)
+    assert ended.code == 2
+    assert "epochs was 2, is now 3; " in ended.complaint
+    assert "solver was Anderson, is now Picard; " in ended.complaint
+    assert "solver.tol was 0.1, is now 0.2. " in ended.complaint
+    assert "network" not in ended.complaint
+    for hint in ("Go on with its settings", "--run.fresh", "--run.dir"):
+        assert hint in ended.complaint
+
+
+def test_runs_of_another_command_or_version_are_refused(unfinished):
+    from experiments import copy_memory
+
+    ended = run(copy_memory, f"--run.dir={unfinished}")
+    assert ended.code == 2
+    assert "of experiments.image_classification, not of experiments.copy_memory" in ended.complaint
+    (unfinished / "config.json").write_text('{"config": {"epochs": 2}}')
+    ended = run(script, *TINY, f"--run.dir={unfinished}")
+    assert ended.code == 2
+    assert "holds a run of deq_jax 0.1; start over with --run.fresh" in ended.complaint
+
+
+def test_other_data_are_refused(unfinished, monkeypatch):
+    original = script.load_images
+
+    def other_images(*arguments, **options):
+        dataset = original(*arguments, **options)
+        dataset._train.images[0, 0, 0, 0] ^= 1
+        return dataset
+
+    monkeypatch.setattr(script, "load_images", other_images)
+    ended = run(script, *TINY, f"--run.dir={unfinished}")
+    assert ended.code == 2
+    assert "was trained on other data" in ended.complaint
+    assert "--run.fresh" in ended.complaint
+
+
+def test_a_fresh_start_deletes_the_run_and_nothing_else(unfinished, ends_as):
+    (unfinished / "notes.txt").write_text("mine")
+    ended = run(script, *TINY, "--run.fresh", "--run.save-every=7", f"--run.dir={unfinished}")
+    assert ended.code == 0
+    assert "going on" not in ended.output
+    assert '"run.save_every": 7.0' in (unfinished / "config.json").read_text()
+    assert (unfinished / "notes.txt").read_text() == "mine"
+    assert not (unfinished / "tensorboard").exists()
+    assert checkpoint_numbers(unfinished) == [0, 1]
+    ends_as(unfinished)
+
+
+def test_a_corrected_flag_does_not_meet_the_refused_one(tmp_path, ends_as):
+    assert run(script, *TINY, "--batch-size=201", f"--run.dir={tmp_path}").code == 2
+    assert run(script, *TINY, f"--run.dir={tmp_path}").code == 0
+    ends_as(tmp_path)
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    """The second one is told, and leaves the first one's files alone."""
+    folder, config = RunFolder(tmp_path), script.parse_arguments(TINY)
+    with folder.open("image_classification", config, TINY, {}):
+        before = folder.config.read_text()
+        ended = run(script, *TINY, "--run.fresh", f"--run.dir={tmp_path}")
+        assert ended.code == 2
+        assert f"another process is training in {tmp_path}; wait for it" in ended.complaint
+        with pytest.raises(RunInUseError), folder.open("image_classification", config, TINY, {}):
+            raise AssertionError("the folder was opened twice")
+        assert folder.config.read_text() == before
+    with folder.open("image_classification", config, TINY, {}):
+        assert folder.config.read_text() == before
+
+
+# -------------------------------------------------------------- folders that cannot be written to
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    ended = run(script, *TINY, f"--run.dir={tmp_path / 'file' / 'run'}")
+    assert ended.code == 2
+    assert f"error: cannot write {tmp_path / 'file'}" in ended.complaint
+    assert "Traceback" not in ended.errors
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+def test_a_file_that_cannot_be_written(number, unfinished, ends_as, monkeypatch):
+    """In the middle of a run: its metrics, once the second epoch is done and saved."""
+    shutil.rmtree(unfinished / "checkpoints" / "1")
+    original = runs.os.replace
+
+    def replace(source, target):
+        if len(Path(source).read_text().splitlines()) == 2:  # two epochs
+            raise OSError(number, os.strerror(number), str(target))
+        original(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.os, "replace", replace)
+        ended = run(script, *TINY, f"--run.dir={unfinished}")
+    assert ended.code == 2
+    name = unfinished / "metrics.jsonl"
+    assert f"error: cannot write {name}: {os.strerror(number)}. " in ended.complaint
+    assert "the same command resumes from them" in ended.complaint
+    assert len(records(unfinished)) == 1
+    assert checkpoint_numbers(unfinished) == [0, 1]
+    assert run(script, *TINY, f"--run.dir={unfinished}").code == 0
+    ends_as(unfinished)
+
+
+def test_a_checkpoint_that_cannot_be_written(unfinished, ends_as, monkeypatch):
+    """A full disk, as Orbax meets it: here a limit on the size of a file."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # given back after the test
+    shutil.rmtree(unfinished / "checkpoints" / "1")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        ended = run(script, *TINY, f"--run.dir={unfinished}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert ended.code == 2
+    message = f"error: cannot write a checkpoint to {unfinished / 'checkpoints'}: "
+    assert message in ended.complaint
+    assert "File too large" in ended.complaint
+    assert "Earlier checkpoints are intact" in ended.complaint
+    assert "Traceback" not in ended.errors
+    assert checkpoint_numbers(unfinished) == [0]
+    assert run(script, *TINY, f"--run.dir={unfinished}").code == 0
+    ends_as(unfinished)
+
+
+def test_checkpoints_after_one_that_failed(tmp_path, monkeypatch):
+    """The one before is whole, and the next one can be written."""
+    state = {"weights": jnp.ones(3)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {"epoch": 1})
+
+        def fail(*arguments, **options):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints._manager, "save", fail)
+            with pytest.raises(CheckpointError, match="No space left on device"):
+                checkpoints.save(state, {"epoch": 2})
+        assert checkpoints.restore(state)[1] == {"epoch": 1}
+        checkpoints.save({"weights": jnp.zeros(3)}, {"epoch": 3})
+        restored, progress = checkpoints.restore(state)
+    assert progress == {"epoch": 3}
+    np.testing.assert_array_equal(restored["weights"], np.zeros(3))
+
+
+# ------------------------------------------------------------------------- the number of devices
+
+
+def test_another_number_of_devices_needs_leave(unfinished, image_run):
+    """Which gives the same accuracy, and bits of its own."""
+    shutil.rmtree(unfinished / "checkpoints" / "1")
+    flags = [*TINY, f"--run.dir={unfinished}"]
+    ended = run(script, *flags, "--devices=2")
+    assert ended.code == 2
+    assert "a run in which devices was 1, is now 2; --run.elastic goes on" in ended.complaint
+    ended = run(script, *flags, "--devices=2", "--run.elastic", "--seed=1")
+    assert ended.code == 2
+    assert "seed was 0, is now 1" in ended.complaint
+
+    ended = run(script, *flags, "--devices=2", "--run.elastic")
+    assert ended.code == 0
+    assert "note: devices was 1, is now 2: " in ended.output
+    assert "going on in epoch 2 after step 0" in ended.output
+    first, second = records(unfinished)
+    expected = records(image_run.folder)
+    assert first == expected[0]
+    assert second == pytest.approx(expected[1], rel=0.02)
+    # It is a run of two devices from here on.
+    assert '"devices": 2' in (unfinished / "config.json").read_text()
+    assert run(script, *flags, "--devices=2").lines[-1] == ended.lines[-1]
+    assert run(script, *flags).code == 2

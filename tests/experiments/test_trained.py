@@ -1,22 +1,24 @@
-"""Reading runs of each script, and what is said about folders that cannot be read."""
+"""Reading runs of each command, and what is said about folders that cannot be read."""
 
 import json
 import shutil
 
 import jax
-import numpy as np
 import pytest
-from experiments.train.checkpoints import Checkpoints
+from flax import nnx
 
+from experiments import image_classification
 from experiments.report import trained
 from experiments.report.trained import read_config, read_run
 from experiments.train.errors import RunMismatchError, UsageError
-from experiments.train.runs import RunDirectory
+from experiments.train.runs import RunFolder, flat_settings
+from experiments.train.step import split_model
 from tests.experiments.conftest import TINY
 from tests.experiments.runs import untrained
+from tests.experiments.training import Parts, command_line, leaves
 
-COPY = ["--delay=3", "--shown=2", "--symbols=3", "--train-examples=40", "--test-examples=7"]
-COPY += ["--features=8", "--hidden-features=8", "--batch-size=8"]
+COPY = ["--data.delay=3", "--data.shown=2", "--data.symbols=3", "--data.train=40", "--data.test=7"]
+COPY += ["--network.features=8", "--network.hidden-features=8", "--batch-size=8"]
 
 
 def files(folder):
@@ -26,16 +28,41 @@ def files(folder):
 
 
 def document(folder, **changes):
-    """Changes config.json; a setting is changed if the document has no such key."""
+    """Changes config.json, at its top."""
     file = folder / "config.json"
-    found = json.loads(file.read_text())
-    for name, value in changes.items():
-        (found if name in found else found["config"])[name] = value
-    file.write_text(json.dumps(found))
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def arrays(tree):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+def arguments(folder, *flags):
+    """Adds to the command line in config.json, and to the settings that it leads to."""
+    found = json.loads((folder / "config.json").read_text())
+    words = command_line(*found["arguments"], *flags)
+    config = trained.SCRIPTS[found["script"]].parse_arguments(words)
+    document(folder, arguments=words, config=flat_settings(config))
+
+
+def test_an_image_run_comes_back(image_run):
+    """Its settings, its network with the trained values, its data and its history."""
+    before = files(image_run.folder)
+    run = read_run(image_run.folder)
+    assert files(image_run.folder) == before
+    assert (run.path, run.script) == (image_run.folder, "image_classification")
+    words = json.loads((image_run.folder / "config.json").read_text())["arguments"]
+    assert run.config == image_classification.parse_arguments(words)
+    expected = image_classification.parse_arguments(TINY)
+    assert {**flat_settings(run.config), "run.dir": None} == {
+        **flat_settings(expected),
+        "run.tensorboard": True,
+    }
+    parts = Parts(image_classification, *TINY)
+    state, progress = parts.restored(image_run.folder)
+    assert run.progress == progress
+    assert progress.history[-1]["test_loss"] > 0
+    definition, params, rest = split_model(run.model)
+    assert leaves(params) == leaves(state.params) != leaves(parts.state.params)
+    assert leaves(rest) == leaves(state.rest)
+    assert definition == parts.definition(training=False)
+    assert run.dataset.checksum() == parts.dataset.checksum()
 
 
 def test_a_language_run(language_run):
@@ -45,31 +72,24 @@ def test_a_language_run(language_run):
     assert (run.path, run.script) == (language_run, "language_model")
     assert run.progress.epoch == 1
     assert run.progress.history[-1]["validation_loss"] > 0
-    with Checkpoints(language_run / "checkpoints") as checkpoints:
-        state, _ = checkpoints.restore(run.experiment.state)
-    initial = run.experiment.model
-    assert not np.array_equal(state.params["embedding"], initial.embedding[...])
-    for one, other in zip(arrays(run.experiment.state.params), arrays(state.params), strict=True):
-        np.testing.assert_array_equal(one, other)
-    np.testing.assert_array_equal(run.model().embedding[...], state.params["embedding"])
+    assert run.model.embedding[...].shape == (18, 16)
 
 
-def test_runs_of_the_other_scripts(tmp_path):
-    saved = untrained(tmp_path / "copy", "copy_memory", *COPY)
+def test_runs_of_other_settings(tmp_path):
+    saved = untrained(tmp_path / "copy", "copy_memory", *COPY, "cell:trellis")
     run = read_run(tmp_path / "copy")
-    assert run.script == "copy_memory"
-    for one, other in zip(arrays(run.experiment.state), arrays(saved.state), strict=True):
-        np.testing.assert_array_equal(one, other)
-    # A run from before scripts were recorded is one of images; more devices are not needed here.
-    untrained(tmp_path / "images", "image_classification", *TINY)
-    file = tmp_path / "images" / "config.json"
-    settings = json.loads(file.read_text())
-    assert settings.pop("script") == "image_classification"
-    file.write_text(json.dumps(settings))
-    document(tmp_path / "images", devices=2, shrink_to=4)
+    assert (run.script, run.config) == ("copy_memory", saved.config)
+    assert leaves(split_model(run.model)[1]) == leaves(saved.state.params)
+    # More devices are not needed here, and no sample need leave a solve early.
+    flags = ["--devices=2", "--shrink-to=4", "--run.no-progress"]
+    words = command_line(*TINY, *flags)
+    settings = flat_settings(image_classification.parse_arguments(words))
+    (tmp_path / "images").mkdir()
+    found = {"script": "image_classification", "arguments": words, "config": settings}
+    (tmp_path / "images" / "config.json").write_text(json.dumps(found))
     script, config = read_config(tmp_path / "images")
     assert (script, config.devices, config.shrink_to) == ("image_classification", 1, None)
-    assert read_run(tmp_path / "images").experiment.config.preset == "digits"
+    assert config.solver == image_classification.parse_arguments(words).solver
 
 
 def complaint(folder, **options):
@@ -82,21 +102,33 @@ def complaint(folder, **options):
 
 
 def test_runs_that_cannot_be_read(language_run, tmp_path):
+    assert "there is no folder" in complaint(tmp_path / "absent")
+    assert "holds no run, there is no config.json in it" in complaint(tmp_path)
     run = tmp_path / "run"
     shutil.copytree(language_run, run)
-    assert complaint(run, unfit=lambda script, config: f"{script} {config.length}").endswith(
-        "holds language_model 8"
-    )
-    document(run, script="alchemy")
-    assert "a script that is not known here, alchemy; known are image_" in complaint(run)
-    document(run, script="copy_memory")
-    assert "not that of a run of experiments.copy_memory, or of another version" in complaint(run)
-    document(run, script="language_model", tied=False)
-    assert "does not fit the settings in config.json" in complaint(run)
-    document(run, tied=True)
+    unfit = complaint(run, unfit=lambda script, config: f"{script} {config.data.length}")
+    assert unfit.endswith("holds language_model 8")
+    settings = json.loads((run / "config.json").read_text())["config"]
+    for changes in ({"script": "alchemy"}, {"script": "copy_memory"}, {"arguments": ["--what=1"]}):
+        (run / "config.json").unlink()
+        shutil.copy(language_run / "config.json", run)
+        document(run, **changes)
+        known = " or ".join(trained.SCRIPTS)
+        assert f"is not that of a run of experiments.{known}, or of another version" in complaint(
+            run
+        )
+    shutil.copy(language_run / "config.json", run)
+    document(run, config=settings | {"optim.lr": 0.5})
+    assert "other defaults: optim.lr was 0.5, is now 0.002" in complaint(run)
+    shutil.copy(language_run / "config.json", run)
+    arguments(run, "--network.no-tied")
+    assert "can be read with these settings; of checkpoint 0: " in complaint(run)
+    shutil.copy(language_run / "config.json", run)
     (run / "vocabulary.json").unlink()
     assert "has lost its vocabulary.json" in complaint(run)
     assert not (run / "vocabulary.json").exists()
+    shutil.rmtree(run / "checkpoints")
+    assert "has no checkpoint yet; train it first" in complaint(run)
 
 
 def test_the_vocabulary_is_that_of_the_run(language_run, tmp_path):
@@ -112,22 +144,22 @@ def test_the_vocabulary_is_that_of_the_run(language_run, tmp_path):
     assert json.loads(file.read_text()) == vocabulary
 
 
-def test_a_folder_is_of_one_script(language_run, tmp_path):
-    directory = RunDirectory(tmp_path / "run")
-    shutil.copytree(language_run, directory.path)
-    config = json.loads(directory.config.read_text())["config"]
-    directory.open(config, script="language_model")
-    directory.open(config)
-    with pytest.raises(RunMismatchError, match=r"run of experiments.language_model, not of exp"):
-        directory.open(config, script="copy_memory")
-    # Nobody knows what a run of old is of, but its settings.
-    directory.config.write_text(json.dumps({"config": config}))
-    directory.open(config, script="copy_memory")
-
-
 @pytest.mark.parametrize("name", trained.SCRIPTS)
-def test_scripts_have_what_is_needed(name):
+def test_commands_have_what_is_needed(name, language_run, tmp_path):
+    """Each reads its presets, and loads data that the loop can use and a network."""
     module = trained.SCRIPTS[name]
     assert module.__name__ == f"experiments.{name}"
-    assert {"preset"} < set(module.Config.__dataclass_fields__)
-    assert callable(module.load)
+    flags = {
+        "image_classification": TINY,
+        "copy_memory": COPY,
+        "language_model": json.loads((language_run / "config.json").read_text())["arguments"],
+    }
+    config = module.parse_arguments(command_line(*flags[name]))
+    dataset, model = module.load(config, RunFolder(tmp_path))
+    size = config.batch_size
+    first = next(dataset.train_batches(size, seed=0, epoch=0))
+    assert len(first.inputs) == size
+    assert first.counts.shape == first.targets.shape
+    assert dataset.steps_per_epoch(size) == len(list(dataset.train_batches(size, seed=0, epoch=0)))
+    assert jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert dataset.checksum() == module.load(config, RunFolder(tmp_path))[0].checksum()
