@@ -278,7 +278,7 @@ def stacked_inputs(over):
 
 @pytest.mark.parametrize(
     ("over", "mode"),
-    [(("W",), "jvp"), (("x",), "jvp"), (("W", "x", "bias"), "forward over reverse")],
+    [(("x",), "jvp"), (("W", "x", "bias"), "forward over reverse")],
 )
 def test_vmap_over_inputs(over, mode):
     mapped, axes = stacked_inputs(over)
@@ -304,7 +304,7 @@ def test_vmap_of_directions():
         assert relative_error(got[i], sum(moved.values())) < 1e-9
 
 
-@pytest.mark.parametrize("mode", ["forward over reverse", "reverse over reverse"])
+@pytest.mark.parametrize("mode", ["reverse over reverse"])
 def test_second_derivatives_of_a_checkpointed_layer(mode):
     def solve(*args):
         return layer("Picard", *args)

@@ -65,14 +65,10 @@ COMBINATIONS = {
         *((solver, "Unrolled") for solver in SOLVERS),
     )
 } | {"Broyden-reuse": (SOLVERS["Broyden"], Implicit(reuse=True))}
-# For the layers every solver with its own implicit gradient, and every policy after Anderson.
+# For the layers every solver with its own implicit gradient, and one policy of each other kind.
 LAYER_COMBINATIONS = {
     **{f"{name}-Implicit": (solver, Implicit()) for name, solver in SOLVERS.items()},
-    **{
-        f"Anderson-{name}": (SOLVERS["Anderson"], policy)
-        for name, policy in POLICIES.items()
-        if name != "Anderson"
-    },
+    **{f"Picard-{name}": (SOLVERS["Picard"], POLICIES[name]) for name in ("Neumann", "Unrolled")},
 }
 
 
@@ -201,7 +197,7 @@ def test_every_solver_with_every_gradient(name):
         assert relative_error(gradients[:2], expected) < 1e-6
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ["Anderson", "NewtonKrylov"])
 def test_start_made_inside_jit(solver):
     """Zeros made inside `jit` are on no mesh axis, but the batch of the solution is."""
     function = value_and_gradients(
@@ -240,7 +236,7 @@ def test_eager_call(solver, closes_over_x):
     assert relative_error(value, dense()[0]) < 1e-6
 
 
-@pytest.mark.parametrize("solver", ["Broyden", "NewtonKrylov"])
+@pytest.mark.parametrize("solver", ["Broyden"])
 def test_mesh_with_a_second_axis(solver):
     function = value_and_gradients(SOLVERS[solver], Implicit())
     expected_gradients, (expected, expected_stats) = function(
@@ -257,7 +253,7 @@ def test_mesh_with_a_second_axis(solver):
     assert relative_error(gradients[:2], dense()[1]) < 1e-6
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ["Picard", "Broyden"])
 def test_one_equation_over_a_sharded_state(solver):
     """With `batched=False` nothing is a batch, but the state is sharded all the same."""
 
