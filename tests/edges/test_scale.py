@@ -202,6 +202,7 @@ COTANGENT_SCALES = {
         *((linear, backward) for backward in [None, "GMRES", "BiCGStab"]),
     ],
 )
+@pytest.mark.slow
 def test_cotangents_of_any_scale_in_one_batch(equation, backward, dtype):
     gradient = gradients(equation, backward, dtype)
     y = normal(3, 4, seed=7)
@@ -220,6 +221,7 @@ def test_cotangents_of_any_scale_in_one_batch(equation, backward, dtype):
 
 @pytest.mark.parametrize("backward", [None, "GMRES", "BiCGStab"])
 @pytest.mark.parametrize("equation", [linear, nonlinear])
+@pytest.mark.slow
 def test_gradients_at_any_scale_of_the_state(equation, backward, dtype):
     gradient = gradients(equation, backward, dtype)
     y = normal(3, 4, seed=7)

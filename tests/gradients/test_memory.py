@@ -52,12 +52,14 @@ CONSTANT = {
 
 
 @pytest.mark.parametrize("name", CONSTANT)
+@pytest.mark.slow
 def test_memory_does_not_depend_on_the_iterations(name):
     few, many = (temporary_bytes(*CONSTANT[name](n)) for n in (5, 40))
     assert few > 8 * 512 * 4  # more than one state: it is measured
     assert abs(many - few) <= 0.02 * few
 
 
+@pytest.mark.slow
 def test_memory_of_unrolled_grows_with_the_root_of_the_iterations():
     state = 8 * 512 * 4
     few, more, many = (temporary_bytes(Picard(max_iter=n), Unrolled()) for n in (10, 40, 160))

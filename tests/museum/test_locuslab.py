@@ -141,6 +141,7 @@ def loop_body(jaxpr):
 @pytest.mark.museum("DEQ.jl#105: the quick start failed as soon as its batch was larger")
 @pytest.mark.parametrize("batch", [1, 3, 64])
 @pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.slow
 def test_the_quick_start_at_other_batch_sizes(batch):
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     block = next(block for block in blocks if "deq_fixed_point" in block)

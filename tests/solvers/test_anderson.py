@@ -106,6 +106,7 @@ def test_counts_on_the_slow_symmetric_map(scale):
 )
 @pytest.mark.parametrize("history", [2, 5, 10])
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_never_behind_picard(history):
     """At every tolerance: an absolute ridge falls behind as soon as residuals are small."""
     rng = np.random.default_rng(3)

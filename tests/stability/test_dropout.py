@@ -78,6 +78,7 @@ def recorded(seen):
     return f
 
 
+@pytest.mark.slow
 def test_all_evaluations_of_a_solve_and_its_gradient_see_one_mask():
     rng = np.random.default_rng(0)
     seen = {"forward": [], "linear": []}

@@ -64,6 +64,7 @@ NORMALIZATIONS = {
 
 
 @pytest.mark.parametrize("name", NORMALIZATIONS)
+@pytest.mark.slow
 def test_both_are_the_formula(name):
     normalization, formula, change = NORMALIZATIONS[name]
     x, cotangent = normal(3, 2), normal(3, 4, seed=2)
@@ -205,6 +206,7 @@ class LinenNormed(nn.Module):
         return jnp.tanh(0.3 * norm(z) + x)
 
 
+@pytest.mark.slow
 def test_batch_statistics_are_of_effective_weights():
     x, normalization = normal(6, 3), WeightNorm(clip=0.5)
     layer = deq_jax.nnx.DEQ(Normed(), solver=SOLVER, normalization=normalization)
