@@ -78,7 +78,7 @@ def pyright(paths):
 def mypy(paths):
     """The same for mypy. What it finds in other files on the way is for `make lint` to report."""
     environment = {**os.environ, "MYPYPATH": str(ROOT)}
-    command = ["mypy", "--output=json", f"--cache-dir={os.devnull}", *map(str, paths)]
+    command = ["mypy", "--output=json", *map(str, paths)]  # with the cache of `make lint`
     found = [json.loads(line) for line in run(command, environment).split("\n") if line]
     errors = [
         (ROOT / entry["file"], entry["line"], entry["message"])
