@@ -135,8 +135,8 @@ def test_as_many_positions_as_in_training():
         (["--cache=0"], "--cache must be at least 1, got 0"),
         (["--samples=0"], "--samples must be at least 1, got 0"),
         (["--seed=-1"], "--seed must be at least 0, got -1"),
-        (["--temperature=-1"], "--temperature must be at least 0, got -1.0"),
-        (["--temperature=nan"], "--temperature must be at least 0, got nan"),
+        (["--temperature=-1"], "--temperature must be at least 0 and finite, got -1.0"),
+        (["--temperature=nan"], "--temperature must be at least 0 and finite, got nan"),
     ],
 )
 def test_bad_flags(flags, message, language_run, capsys):
