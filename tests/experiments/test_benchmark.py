@@ -344,6 +344,7 @@ def test_a_worker_that_fails_or_is_too_slow_is_ended():
         worker.ask("first")
 
 
+@pytest.mark.slow
 def test_a_tiny_run_from_the_command_line():
     arguments = "dense --quick --implementations deq_jax --limit 100"
     done = subprocess.run(

@@ -15,6 +15,8 @@ from experiments.train import loop
 from experiments.train.config import Optim
 from experiments.train.sequences import build_model
 
+pytestmark = pytest.mark.slow
+
 TINY = ("--network.features=8", "--network.hidden-features=8", "--data.length=8", "--epochs=1")
 TINY += ("--data.steps-per-epoch=4", "--batch-size=4", "--eval-batch-size=4", "--optim.warmup=0")
 TINY += ("--optim.final-lr=1e-9", "--data.evaluation=0.5", "--run.no-progress")

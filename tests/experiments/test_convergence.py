@@ -19,6 +19,7 @@ def test_counts_are_read_off_the_trace():
     assert convergence.evaluations_until(trace, 1e-3) is None
 
 
+@pytest.mark.slow
 def test_the_cell_is_solved_as_counted_by_a_plain_loop():
     part = convergence.cell(SMALL)
     f, params, x, _ = convergence.cell_problem(SMALL)

@@ -76,6 +76,7 @@ LEARNS += ["--network.features=16", "--network.hidden-features=16", "--solver.to
 LEARNS += ["--solver.max-iter=15", "--optim.lr=5e-3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [LEARNS, ["--model=lstm"], ["--model=explicit", "--depth=2", "cell:trellis"]],

@@ -386,6 +386,7 @@ def test_reads_prepared_images(shared_tfds):
     assert np.bincount(folder.labels("test")).tolist() == [1000] * 10
 
 
+@pytest.mark.slow
 def test_reads_mnist(shared_tfds):
     dataset = load_images("mnist", data_dir=shared_tfds, **ON_DEMAND)
     assert (dataset.image_shape, dataset.evaluation_size) == ((28, 28, 1), 10_000)

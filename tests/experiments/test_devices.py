@@ -85,6 +85,7 @@ def test_a_checkpoint_of_two_devices_goes_on_bit_for_bit(one_and_two, tmp_path):
     assert leaves(ends[0]) != leaves(state)
 
 
+@pytest.mark.slow
 def test_the_command_on_virtual_devices_of_its_own(tmp_path):
     """In a process without the tests' settings, as a user runs it."""
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "PYTHONWARNINGS": "error"}
@@ -117,6 +118,7 @@ def test_more_devices_than_there_are(tmp_path):
     assert "--devices must be at most 4, the number of cpu devices here, got 5" in ended.complaint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -143,6 +145,7 @@ def first_step():
         return parts.step(parts.state, next(parts.batches()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["mixed", "bfloat16"])
 def test_precision(precision, first_step):
     expected, exact = first_step

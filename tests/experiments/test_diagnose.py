@@ -75,6 +75,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_report_of_a_run(trained, tmp_path, capsys, monkeypatch):
     run = tmp_path / trained.name
     shutil.copytree(trained, run)

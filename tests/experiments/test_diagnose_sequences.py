@@ -29,6 +29,7 @@ def judged(logits, targets):
     return logits.argmax(-1) == targets, losses.mean(-1)
 
 
+@pytest.mark.slow
 def test_report_of_a_language_run(language_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(measure, "BUDGETS", (2,))
     reports = []

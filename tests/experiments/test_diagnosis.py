@@ -168,6 +168,7 @@ LIMITS = ["--solver.tol=0.01", "--solver.max-iter=9"]
 TOOLS = ["stability:on", "stability.normalization:weight", "--stability.start=learned"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tools", [[], TOOLS], ids=["plain", "tools"])
 def test_solves_and_budgets_are_those_of_direct_solves(tools):
     # 40 images are a full batch and one that has to be filled up.
@@ -209,6 +210,7 @@ def test_newton_is_not_tried_with_budgets_that_take_forever():
     np.testing.assert_array_equal(looked_at.budgets((2, 25, 50)).budgets, [2, 6, 25])
 
 
+@pytest.mark.slow
 def test_spectra_are_those_of_the_dense_jacobian():
     flags = ["--network.channels=4", "--network.inner-channels=4"]
     flags += ["--solver.tol=1e-3", "--solver.max-iter=100"]

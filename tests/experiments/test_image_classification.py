@@ -25,6 +25,7 @@ def cross_entropies(logits, labels):
     return np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(labels)), labels]
 
 
+@pytest.mark.slow
 def test_learns_digits(tmp_path, without_figures):
     flags = ["--data.validation=0.2", "--epochs=3", "--network.channels=16"]
     flags += ["--network.inner-channels=16", "--solver.tol=0.1", "--solver.max-iter=12"]

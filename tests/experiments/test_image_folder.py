@@ -106,6 +106,7 @@ def test_a_folder_of_the_name_of_a_data_set_is_not_taken_for_it(tmp_path, monkey
     assert load_images("./digits").image_shape == (12, 12, 3)
 
 
+@pytest.mark.slow
 def test_the_command_trains_on_a_folder(tmp_path, without_figures):
     folder = make(tmp_path / "food", size=(10, 14), suffix="jpg")
     flags = [f"--data.name={folder}", "--data.size=8", "--batch-size=20", "--epochs=12"]

@@ -61,6 +61,7 @@ def losses_of(logits, targets):
     return np.log(np.exp(logits).sum(-1)) - chosen
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line(text, tmp_path):
     flags = [*TINY, "--data.level=words", f"--run.dir={tmp_path}"]
     ended = run(script, *flags, f"--data.name={text}")
@@ -150,6 +151,7 @@ def test_training_with_memory_goes_through_the_streams(parts):
     np.testing.assert_array_equal(later[0].inputs, batches[23].inputs)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_batch_before_and_ends_with_the_stream(parts):
     found = parts(*MEMORY)
     assert found.state.memory.state.shape == (4, 12, 8)
@@ -166,6 +168,7 @@ def test_memory_is_that_of_the_batch_before_and_ends_with_the_stream(parts):
     assert state.memory.length.tolist() == [8, 8, 12, 12]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [MEMORY, ["--model=explicit", "cell:trellis", "--depth=1", "--network.memory=1"]],
@@ -192,6 +195,7 @@ def test_stopped_runs_end_with_the_same_bits(flags, text, tmp_path, monkeypatch)
     assert records(tmp_path / "whole") == records(tmp_path / "stopped")
 
 
+@pytest.mark.slow
 def test_two_devices_with_memory_are_as_one(text, tmp_path):
     flags = ["solver:picard", "gradient:one-step", "--network.memory=8", "--eval-batch-size=2"]
     flags += ["--solver.tol=1e-4", "--solver.max-iter=40", "--epochs=1", f"--data.name={text}"]

@@ -8,6 +8,8 @@ import tyro
 from experiments.studies import memory
 from experiments.studies.tables import Study
 
+pytestmark = pytest.mark.slow
+
 DEPTHS = (2, 4, 8)
 TINY = ["--depths", *map(str, DEPTHS), "--width=16", "--heads=2", "--length=32", "--batch=4"]
 STATE = 4 * 32 * 16 * 4

@@ -95,6 +95,7 @@ def wait_until(condition, process):
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_a_killed_and_interrupted_run_ends_with_the_same_bits(tmp_path, parts, ends_as, image_run):
     # It saves after each step, so that the kill is likely to hit it while it writes.
     process = start(tmp_path, "--run.save-every=0")
@@ -425,6 +426,7 @@ def test_checkpoints_after_one_that_failed(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------- the number of devices
 
 
+@pytest.mark.slow
 def test_another_number_of_devices_needs_leave(unfinished, image_run):
     """Which gives the same accuracy, and bits of its own."""
     shutil.rmtree(unfinished / "checkpoints" / "1")

@@ -114,6 +114,7 @@ ALL_TERMS += ["--stability.start-weight=0.25", "--stability.correction-states=3"
 ALL_TERMS += ["--stability.correction-gamma=0.5", "--seed=3"]
 
 
+@pytest.mark.slow
 def test_the_loss_is_its_parts():
     """Each term by itself from the pieces of the network, added up here, and one whole step."""
     parts = Parts(script, *TINY, "stability:on", *ALL_TERMS)
@@ -210,6 +211,7 @@ ALL += ["--stability.start=mixed", "--stability.pretrain-steps=1", "--stability.
 ALL += ["--stability.eval-max-iter=8", "--data.train=20", "--data.eval=20"]
 
 
+@pytest.mark.slow
 def test_all_of_it_resumes_bit_for_bit(tmp_path, monkeypatch):
     """In one go, and stopped at every boundary: also that between the phases."""
     flags = [*TINY, *ALL]
@@ -234,6 +236,7 @@ def test_all_of_it_resumes_bit_for_bit(tmp_path, monkeypatch):
     assert second["test_forward_evaluations"] > 6 or second["test_forward_converged"] == 1
 
 
+@pytest.mark.slow
 def test_a_bad_start_is_told_in_words_while_it_runs(tmp_path):
     """Initial weights ten times too large: the first epoch says what is wrong and what to try."""
     flags = ["stability:on", "--stability.jacobian.weight=1e-3", "--network.kernel-std=0.1"]
@@ -285,6 +288,7 @@ def test_findings_come_once_an_epoch(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_pretraining_epoch_reports_no_solves(tmp_path):
     flags = ["stability:on", "--stability.pretrain-steps=2", "--stability.pretrain-depth=2"]
     flags += ["--data.train=20", f"--run.dir={tmp_path}"]
