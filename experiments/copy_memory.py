@@ -36,7 +36,7 @@ from experiments.train.config import Count, Optim, Settings, Stability, group, p
 from experiments.train.errors import UsageError
 from experiments.train.loop import train
 from experiments.train.metrics import Record
-from experiments.train.reporter import exit_code
+from experiments.train.reporter import reports_errors
 from experiments.train.runs import RunFolder
 from experiments.train.sequences import (
     SequenceConfig,
@@ -212,19 +212,16 @@ def load(config: Config, run: RunFolder) -> tuple[CopyTask, nnx.Module]:
 # --------------------------------------------------------------------------------------------- run
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line `arguments` and returns the exit code, see `exit_code`.
+@reports_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line `arguments`, see `reports_errors`.
 
     Raises:
         SystemExit: with code 2, after a message, if the command line is bad.
     """
     config = parse_arguments(arguments)
-    with exit_code() as code:
-        result = train("copy_memory", config, arguments, load, "copy_memory")
-        print(
-            f"test loss {result['test_loss']:.2e}; without memory {without_memory(config.data):.2e}"
-        )
-    return code[0]
+    result = train("copy_memory", config, arguments, load, "copy_memory")
+    print(f"test loss {result['test_loss']:.2e}; without memory {without_memory(config.data):.2e}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from experiments.report import figures, measure, subject
 from experiments.report.page import Report, render
 from experiments.report.trained import read_run
 from experiments.train.errors import UsageError
-from experiments.train.reporter import exit_code
+from experiments.train.reporter import reports_errors
 from experiments.train.runs import write_atomically
 
 _TRACED = 64
@@ -113,19 +113,15 @@ def _timed(done: str, work: Callable[[], T]) -> T:
     return result
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line `arguments` and returns the exit code.
-
-    0: the report is written; 2: a bad flag, no such run, no checkpoint, a run without a solver, or
-    missing data; 130: stopped by Ctrl-C.
+@reports_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line `arguments`, see `reports_errors`.
 
     Raises:
         SystemExit: with code 2, after a message, if the command line is bad.
     """
     parsed = tyro.cli(Arguments, prog="python -m experiments.diagnose", args=arguments)
-    with exit_code() as code:
-        print(f"wrote {diagnose(parsed)}")
-    return code[0]
+    print(f"wrote {diagnose(parsed)}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from experiments.data.vocabulary import Vocabulary
 from experiments.language_model import Config
 from experiments.report.trained import read_run
 from experiments.train.errors import UsageError
-from experiments.train.reporter import exit_code
+from experiments.train.reporter import reports_errors
 from experiments.train.sequences import SequenceConfig
 
 
@@ -166,24 +166,20 @@ def _unfit(script: str, config: SequenceConfig) -> str:
     return ""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line `arguments` and returns the exit code.
-
-    0: the text is written; 2: a bad flag, no such run, no checkpoint, a run that cannot write text,
-    or missing data; 130: stopped by Ctrl-C.
+@reports_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line `arguments`, see `reports_errors`.
 
     Raises:
         SystemExit: with code 2, after a message, if the command line is bad.
     """
     parsed = tyro.cli(Arguments, prog="python -m experiments.generate", args=arguments)
-    with exit_code() as code:
-        written = write(parsed)
-        for number, text in enumerate(written.texts, 1):
-            if len(written.texts) > 1:
-                print(f"--- {number} of {len(written.texts)} ---")
-            print(text, flush=True)
-        print(written.summary(), file=sys.stderr)
-    return code[0]
+    written = write(parsed)
+    for number, text in enumerate(written.texts, 1):
+        if len(written.texts) > 1:
+            print(f"--- {number} of {len(written.texts)} ---")
+        print(text, flush=True)
+    print(written.summary(), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from experiments.data.images import ImageDataset, load_images
 from experiments.train.config import Count, Positive, Rate, Settings, TrainingConfig, group, parse
 from experiments.train.errors import UsageError
 from experiments.train.loop import train
-from experiments.train.reporter import exit_code
+from experiments.train.reporter import reports_errors
 from experiments.train.runs import RunFolder
 
 # ---------------------------------------------------------------------------------------- settings
@@ -177,19 +177,18 @@ def build_model(
 # --------------------------------------------------------------------------------------------- run
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line `arguments` and returns the exit code, see `exit_code`.
+@reports_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line `arguments`, see `reports_errors`.
 
     Raises:
         SystemExit: with code 2, after a message, if the command line is bad.
     """
     config = parse_arguments(arguments)
-    with exit_code() as code:
-        folder = pathlib.Path(config.data.name).expanduser().resolve().name
-        result = train("image_classification", config, arguments, load, folder)
-        name = result["evaluation"]
-        print(f"{name} accuracy {result[f'{name}_accuracy']:.3f}")
-    return code[0]
+    folder = pathlib.Path(config.data.name).expanduser().resolve().name
+    result = train("image_classification", config, arguments, load, folder)
+    name = result["evaluation"]
+    print(f"{name} accuracy {result[f'{name}_accuracy']:.3f}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from experiments.data.vocabulary import Level
 from experiments.train.config import Count, Optim, Range, Rate, Settings, Stability, group, parse
 from experiments.train.loop import train
 from experiments.train.metrics import Record
-from experiments.train.reporter import exit_code
+from experiments.train.reporter import reports_errors
 from experiments.train.runs import RunFolder
 from experiments.train.sequences import (
     SequenceConfig,
@@ -215,21 +215,20 @@ def load(config: Config, run: RunFolder) -> tuple[TextBatches, nnx.Module]:
 # --------------------------------------------------------------------------------------------- run
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line `arguments` and returns the exit code, see `exit_code`.
+@reports_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line `arguments`, see `reports_errors`.
 
     Raises:
         SystemExit: with code 2, after a message, if the command line is bad.
     """
     config = parse_arguments(arguments)
-    with exit_code() as code:
-        result = train("language_model", config, arguments, load, "language_model")
-        print(
-            f"validation loss {result['validation_loss']:.4f} nats a token, "
-            f"perplexity {result['validation_perplexity']:.2f}, "
-            f"{result['validation_bits_per_character']:.3f} bits a character"
-        )
-    return code[0]
+    result = train("language_model", config, arguments, load, "language_model")
+    print(
+        f"validation loss {result['validation_loss']:.4f} nats a token, "
+        f"perplexity {result['validation_perplexity']:.2f}, "
+        f"{result['validation_bits_per_character']:.3f} bits a character"
+    )
 
 
 if __name__ == "__main__":

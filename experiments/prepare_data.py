@@ -18,7 +18,7 @@ import tyro
 
 from experiments.data.prepared import default_data_dir
 from experiments.train.errors import MissingExtraError, UsageError
-from experiments.train.reporter import exit_code
+from experiments.train.reporter import reports_errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,11 @@ def prepare(config: Config) -> Path:
     return Path(builder.data_dir)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line `arguments` and returns the exit code."""
+@reports_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line `arguments`, see `reports_errors`."""
     config = tyro.cli(Config, description=__doc__, args=arguments)
-    with exit_code() as code:
-        print(f"prepared in {prepare(config)}")
-    return code[0]
+    print(f"prepared in {prepare(config)}")
 
 
 if __name__ == "__main__":

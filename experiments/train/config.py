@@ -356,18 +356,15 @@ _registry = tyro.constructors.ConstructorRegistry()
 
 
 @_registry.primitive_rule
-def _number_or_none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Flags for `int | None` and for the library's real numbers, which may be arrays as well."""
-    kinds = typing.get_args(info.type)
-    names = {int: "INT", float: "FLOAT", str: "TEXT"}
-    kind = float if jax.Array in kinds else next((k for k in names if k in kinds), None)
-    if kind is None or not ({jax.Array, type(None)} & set(kinds)):
+def _real_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Flags for the library's real numbers, which may be arrays as well, or None."""
+    if jax.Array not in typing.get_args(info.type):
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar=names[kind],
-        instance_from_str=lambda words: None if words[0] == "None" else kind(words[0]),
-        is_instance=lambda value: value is None or isinstance(value, kind | int),
+        metavar="FLOAT",
+        instance_from_str=lambda words: None if words[0] == "None" else float(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, float | int),
         str_from_instance=lambda value: [str(value)],
     )
 

@@ -191,9 +191,9 @@ def fit(
         record = metrics.loss_record(totals, name)
         return record | dataset.figures(record) | metrics.solve_record(totals, f"{name}_")
 
-    def save() -> None:
+    def save(seconds: float) -> None:
         look(state, progress)
-        progress.seconds = time.monotonic() - started
+        progress.seconds = seconds
         checkpoints.save(state, dataclasses.asdict(progress))
 
     with contextlib.ExitStack() as stack:
@@ -241,7 +241,7 @@ def fit(
                             reporter.advise(epoch, totals)
                         looked = time.monotonic()
                     if time.monotonic() - saved >= config.run.save_every:
-                        save()
+                        save(time.monotonic() - started)
                         saved = time.monotonic()
                 else:
                     if progress.position < steps_per_epoch:
@@ -259,7 +259,7 @@ def fit(
             elif last or (epoch + 1) % config.eval_every == 0:
                 evaluated = evaluate(state)
             if evaluated is None:
-                save()
+                save(time.monotonic() - started)
                 raise Stopped(
                     f"stopped in epoch {epoch + 1}, step {progress.position}, and saved; the same "
                     "command goes on from there",
@@ -276,8 +276,7 @@ def fit(
             progress = Progress(epoch + 1, 0, 0.0, [*progress.history, record], progress.data)
             empty = metrics.zeros(forward=config.is_deq, backward=config.reports_backward)
             state = state._replace(totals=place(empty, mesh, P()))
-            started = time.monotonic()
-            save()
+            save(0.0)
             reporter.epoch(progress.history)
 
     return trained_model(config, model, state), progress.history

@@ -1,7 +1,7 @@
 """What a run shows: a header, a bar, a line an epoch, findings, files, and its exit code."""
 
-import contextlib
 import errno
+import functools
 import importlib.metadata
 import json
 import math
@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,10 +26,9 @@ from experiments.train.metrics import Record, Totals
 from experiments.train.runs import RunFolder, flat_settings, write_atomically
 
 _REDRAW_SECONDS = 30.0
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
-_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
-_NOT_WRITABLE = (*_FULL, *_FORBIDDEN, *_NO_FOLDER)
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk
+_NOT_WRITABLE += (errno.EROFS, errno.EACCES, errno.EPERM)  # forbidden
+_NOT_WRITABLE += (errno.ENOTDIR, errno.EEXIST)  # no folder
 _BAR_SECONDS = 10.0
 """Between two refreshes of a bar that goes to a file, where each one is a line."""
 
@@ -161,9 +160,10 @@ def epoch_line(record: Record) -> str:
     return " | ".join(parts)
 
 
-@contextlib.contextmanager
-def exit_code() -> Iterator[list[int]]:
-    """Turns errors that the user can put right into a message and an exit code.
+def reports_errors(main: Callable[..., None]) -> Callable[..., int]:
+    """Makes of `main` a command that prints errors which the user can put right.
+
+    The command returns its exit code:
 
     | code | meaning |
     | --- | --- |
@@ -171,30 +171,33 @@ def exit_code() -> Iterator[list[int]]:
     | 1 | the loss became NaN or infinite |
     | 2 | a bad flag, missing data, or a folder that holds another run or cannot be written |
     | 130, 143 | stopped by Ctrl-C, or by SIGTERM |
-
-    Yields:
-        A list whose first element is the exit code, once the block has ended.
     """
-    code = [0]
-    try:
-        yield code
-    except Stopped as stopped:
-        print(stopped)
-        code[0] = stopped.exit_code
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code[0] = error.exit_code
-    except OSError as error:
-        if error.errno not in _NOT_WRITABLE:
-            raise
-        print(
-            f"error: cannot write {error.filename or 'to the folder of the run'}: "
-            f"{error.strerror}. Earlier checkpoints are intact; the same command resumes from them",
-            file=sys.stderr,
-        )
-        code[0] = 2
-    except KeyboardInterrupt:  # before or after the training, where there is nothing to save
-        code[0] = 130
+
+    @functools.wraps(main)
+    def command(arguments: Sequence[str] | None = None) -> int:
+        try:
+            main(arguments)
+        except Stopped as stopped:
+            print(stopped)
+            return stopped.exit_code
+        except ExperimentError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        except OSError as error:
+            if error.errno not in _NOT_WRITABLE:
+                raise
+            print(
+                f"error: cannot write {error.filename or 'to the folder of the run'}: "
+                f"{error.strerror}. Earlier checkpoints are intact; the same command resumes from "
+                "them",
+                file=sys.stderr,
+            )
+            return 2
+        except KeyboardInterrupt:  # before or after the training, where there is nothing to save
+            return 130
+        return 0
+
+    return command
 
 
 def describe(config: TrainingConfig, model: Any, data: str, run: RunFolder) -> str:
