@@ -145,6 +145,7 @@ def solved_with_one_mask(layer, x):
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.museum(
     "NNX, merge without copy: Dropout in a cell: TraceContextError, cannot mutate RngCount from a"
     " different trace level"

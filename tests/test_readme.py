@@ -61,6 +61,7 @@ def test_backward_probe(capsys):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_training_learns_digits():
     names = example("train_step")

@@ -122,6 +122,7 @@ def left_by_phases(iterations, smallest):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shrink_to"), [("picard", 1), ("anderson", 3), ("broyden", 2), ("newton", 3)]
 )

@@ -38,6 +38,7 @@ def one_and_two():
         return trained
 
 
+@pytest.mark.slow
 def test_two_devices_train_as_one_does(one_and_two):
     (_, single, single_losses), (parts, double, losses) = one_and_two
     np.testing.assert_allclose(losses, single_losses, rtol=1e-5)

@@ -97,6 +97,7 @@ def test_report_of_a_language_run(language_run, tmp_path, capsys, monkeypatch):
     assert len(page.sources) == len(beside)
 
 
+@pytest.mark.slow
 def test_a_text_shorter_than_a_window(language_run):
     text = read_run(language_run).dataset.text
     tokens = text.evaluation[:6]

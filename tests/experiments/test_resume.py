@@ -128,6 +128,7 @@ def test_a_killed_and_interrupted_run_ends_with_the_same_bits(tmp_path, parts, e
     ends_as(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stop_at_any_boundary_loses_nothing(tmp_path, parts, ends_as, monkeypatch):
     """Stops at each question that the loop asks: between two steps, and in the evaluation."""
     # 9 questions are a few steps, or the two batches of an evaluation and a few steps.

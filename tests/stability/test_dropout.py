@@ -131,6 +131,7 @@ class _Seen:
         return isinstance(other, _Seen)
 
 
+@pytest.mark.slow
 def test_flax_dropout_in_a_cell_is_variational():
     seen = _Seen()
     layer = DEQ(_Cell(seen, nnx.Rngs(0, dropout=1)), solver=Anderson(tol=1e-5))

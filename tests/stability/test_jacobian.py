@@ -43,6 +43,7 @@ def dense(params, z, x):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.museum(
     "DeepEquilibriumNetworks.jl: the Jacobian penalty was vᵀ J v, whose mean is the trace and not"
     " the norm"

@@ -67,6 +67,7 @@ def test_the_radius_of_twenty_maps(estimate, seed):
     assert (got.error <= 0.01 * expected).all()
 
 
+@pytest.mark.slow
 def test_a_cell_at_its_equilibrium(x64):
     """Nonlinear, two leaves, and a Jacobian that differs from sample to sample."""
     rng = np.random.default_rng(0)
@@ -93,6 +94,7 @@ def test_a_cell_at_its_equilibrium(x64):
     assert (np.abs(values)[:, :-1] >= np.abs(values)[:, 1:] - 1e-12).all()
 
 
+@pytest.mark.slow
 def test_ritz_values_with_small_errors_are_eigenvalues():
     matrix = gap(np.random.default_rng(1), 0.95, -0.9, 60)
     z = jnp.zeros((1, 60))
@@ -105,6 +107,7 @@ def test_ritz_values_with_small_errors_are_eigenvalues():
     assert np.asarray(got.errors[0]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_the_error_knows_how_sensitive_the_eigenvalue_is():
     """Far from normal a small residual does not mean a small error."""
     rng = np.random.default_rng(0)
