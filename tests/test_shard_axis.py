@@ -31,7 +31,7 @@ from deq_jax import (
     deq_fixed_point,
     solve_fixed_point,
 )
-from deq_jax.cells import FeedForwardCell
+from deq_jax.cells import FeedForwardCell, ResNetCell
 from deq_jax.stability import dropout_mask
 from tests.reference import implicit_gradient, newton_equilibrium, relative_error
 from tests.test_sharding import cell, dense, make_params, normal
@@ -345,6 +345,22 @@ def test_each_shard_drops_out_others():
     masked = lambda params, z: cell(params, z * jnp.concatenate(masks), x)  # noqa: E731
     z = newton_equilibrium(lambda z: masked(params, z), jnp.zeros_like(x))
     assert relative_error(got, implicit_gradient(masked, params, z, cotangent)) < 1e-9
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_an_nnx_layer_drops_out_others_in_each_shard():
+    """All samples are alike, so that without masks of their own all shards would agree."""
+    cell = ResNetCell(4, 4, groups=2, kernel_std=0.1, dropout=0.5, rngs=nnx.Rngs(0, dropout=1))
+    layer = deq_jax.nnx.DEQ(cell, solver=Picard(max_iter=40), execution=SHARDED)
+    layer.train()
+    images = jnp.broadcast_to(jnp.float32(normal(1, 4, 4, 4)), (8, 4, 4, 4))
+    with jax.set_mesh(mesh()):
+        shards = np.asarray(layer(images)).reshape(4, -1)
+    assert len({shard.tobytes() for shard in shards}) == 4
+    layer.eval()
+    with jax.set_mesh(mesh()):
+        shards = np.asarray(layer(images)).reshape(4, -1)
+    np.testing.assert_allclose(shards, shards[[0] * 4], rtol=1e-5)
 
 
 def test_gradients_of_weights_are_summed_in_their_own_dtype():

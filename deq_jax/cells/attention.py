@@ -25,7 +25,8 @@ class Memory(NamedTuple):
     """Finished positions before a segment, the newest last: their equilibrium and input.
 
     Attributes:
-        state: z* `[B, M, D]`. Gradients reach what it came from; `stop_gradient` is the caller's.
+        state: z* `[B, M, D]`. It is differentiated; a caller who wants no gradient through earlier
+            segments applies `stop_gradient`.
         embedding: `[B, M, D]`, what the positions were solved for.
         length: int32 `[B]`, how many of the last positions are there, from 0 to M; those before
             them are never looked at. None for all.

@@ -70,7 +70,7 @@ class Cycle(NamedTuple):
     Attributes:
         correction: `[B, D]`, added to u it lowers the residual.
         products: int32, products computed on the batch.
-        used: `[B]` int32, of these until the sample had what it needed.
+        used: `[B]` int32, products until the sample met its tolerance.
     """
 
     correction: jax.Array

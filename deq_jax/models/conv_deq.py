@@ -192,7 +192,7 @@ class ConvDEQ(_ImageClassifier):
         """The learned start of the solve, like `injection`; None without one."""
         if self.initializer is None:
             return None
-        # The injection is taken as it is: a start is not to change what it starts from.
+        # No gradient flows back: the start must not change the injection that the solve is given.
         return self.initializer(jax.lax.stop_gradient(injection))
 
 

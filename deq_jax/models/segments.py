@@ -23,7 +23,7 @@ class Segment(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a model makes of tokens, and what it needs to go on behind them; see `read`.
+    """Logits of some tokens, and the cache with which the next tokens are read; see `read`.
 
     Attributes:
         logits: `[B, L, vocabulary]`.

@@ -6,7 +6,7 @@ The core is an equilibrium of the cell (`EquilibriumSequenceModel`), or the cell
 from zero, with the same weights or with weights of its own each time (`UnrolledSequenceModel`).
 `deq_transformer` and `deq_trellis` say which cell.
 
-A model may have memory: what it keeps of a segment for the next one of the same sequences.
+A model may have a memory: states of one segment that the next segment of the same sequences reads.
 """
 
 import math

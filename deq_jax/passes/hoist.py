@@ -17,9 +17,9 @@ _CHEAP = frozenset(
     "add and broadcast_in_dim convert_element_type copy eq expand_dims ge gt iota le lt max min "  # noqa: SIM905
     "mul ne neg not or reshape select_n sign squeeze sub".split()
 )
-"""Elementwise operations, which the compiler fuses into what uses them, and operations that only
-spread out what they are given. A result larger than what it is made of is not worth an array of
-its own that each trip would read."""
+"""Elementwise operations, which the compiler fuses with the operations that use them, and
+operations that only broadcast. A result that is larger than its inputs is not hoisted: reading it
+in each trip would cost more than computing it."""
 
 
 def hoist(f: Closure, flat: Flat) -> Closure:

@@ -281,7 +281,7 @@ def _largest_singular_value(
     right = lax.stop_gradient(right).astype(matrix.dtype)
 
     def unit(vector: jax.Array, otherwise: jax.Array) -> jax.Array:
-        # A zero or non-finite vector would stay what it is in all calls to come.
+        # Power iteration never leaves a zero or non-finite vector: start again from `otherwise`.
         length = _norm(vector)
         usable = (length > 0) & (length < math.inf)
         return jnp.where(usable, vector / jnp.where(usable, length, 1), otherwise)

@@ -244,7 +244,7 @@ def fit(
                         save(time.monotonic() - started)
                         saved = time.monotonic()
                 else:
-                    if progress.position < steps_per_epoch:
+                    if progress.position != steps_per_epoch:
                         raise ValueError(
                             f"epoch {epoch + 1} had {progress.position} batches, but "
                             f"steps_per_epoch is {steps_per_epoch}"

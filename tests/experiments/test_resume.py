@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from experiments import image_classification as script
+from experiments.data.images import ImageDataset
 from experiments.train import loop, runs
 from experiments.train.errors import CheckpointError, RunInUseError
 from experiments.train.loop import GracefulStop, Progress
@@ -344,6 +345,38 @@ def test_two_runs_in_one_folder(tmp_path):
         assert folder.config.read_text() == before
     with folder.open("image_classification", config, TINY, {}):
         assert folder.config.read_text() == before
+
+
+@pytest.mark.parametrize("settings", [None, '{"learning_rate": 0.1}'])
+def test_a_folder_of_something_else_is_left_alone(tmp_path, settings):
+    """Checkpoints of another program, with or without a config.json of its own."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.pt").write_text("years of work")
+    if settings is not None:
+        (tmp_path / "config.json").write_text(settings)
+    before = {path: path.read_text() for path in tmp_path.rglob("*.*") if path.is_file()}
+    for more in ([], ["--run.fresh"]):
+        ended = run(script, *TINY, *more, f"--run.dir={tmp_path}")
+        assert ended.code == 2
+        assert f"{tmp_path} is no folder of a run, but has checkpoints" in ended.complaint
+        assert {path: path.read_text() for path in before} == before
+
+
+@pytest.mark.parametrize("promised", [19, 21])
+def test_an_epoch_of_another_length_than_promised_is_an_error(tmp_path, monkeypatch, promised):
+    """Data of one's own whose `steps_per_epoch` is wrong; it has 20."""
+    batches = ImageDataset.train_batches
+    steps = ImageDataset.steps_per_epoch
+
+    def with_right_length(self, *arguments, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ImageDataset, "steps_per_epoch", steps)
+            return batches(self, *arguments, **options)
+
+    monkeypatch.setattr(ImageDataset, "steps_per_epoch", lambda self, size: promised)
+    monkeypatch.setattr(ImageDataset, "train_batches", with_right_length)
+    with pytest.raises(ValueError, match=f"had 20 batches, but steps_per_epoch is {promised}"):
+        run(script, *TINY, f"--run.dir={tmp_path}")
 
 
 # -------------------------------------------------------------- folders that cannot be written to
