@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from experiments import image_classification, language_model
-from experiments.train import loop as command
+from experiments.train import loop
 from tests.experiments.training import Ended, compile_once, run
 
 TINY = [
@@ -51,9 +51,9 @@ def _compiled_once():
 @pytest.fixture
 def without_figures(monkeypatch):
     """Runs leave empty figures, which cost nothing."""
-    monkeypatch.setattr(command, "draw_curves", lambda history, path: path.touch())
-    monkeypatch.setattr(command, "draw_residuals", lambda traces, path, tolerances: path.touch())
-    monkeypatch.setattr(command, "residual_traces", lambda *arguments: ({}, {}))
+    monkeypatch.setattr(loop, "draw_curves", lambda history, path: path.touch())
+    monkeypatch.setattr(loop, "draw_residuals", lambda traces, path, tolerances: path.touch())
+    monkeypatch.setattr(loop, "residual_traces", lambda *arguments: ({}, {}))
 
 
 @dataclasses.dataclass(frozen=True)
