@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,11 @@ from experiments.train.errors import CheckpointError, RunInUseError, RunMismatch
 
 PyTree = Any
 
-_AFTERMATH = ("Event loop is closed", "Encountered error while reading array index")
+_AFTERMATH = (
+    "Event loop is closed",
+    "Encountered error while reading array index",
+    "was never awaited",
+)
 """What tensorstore's futures and Orbax's coroutines, which outlive the event loop of a read or a
 write that failed, complain of at any time until the process ends."""
 
@@ -340,6 +345,9 @@ def _orbax_silent() -> Iterator[None]:
     try:
         yield
         sys.unraisablehook = hook  # after an error the other one stays
+    except Exception:
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        raise
     finally:
         logger.removeFilter(_refuse)
 

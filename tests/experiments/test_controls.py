@@ -17,8 +17,8 @@ from experiments.train.sequences import build_model
 
 pytestmark = pytest.mark.slow
 
-TINY = ("--network.features=8", "--network.hidden-features=8", "--data.length=8", "--epochs=1")
-TINY += ("--data.steps-per-epoch=4", "--batch-size=4", "--eval-batch-size=4", "--optim.warmup=0")
+TINY = ("--network.features=8", "--network.hidden-features=8", "--data.length=8")
+TINY += ("--data.steps-per-epoch=1", "--batch-size=4", "--eval-batch-size=4", "--optim.warmup=0")
 TINY += ("--optim.final-lr=1e-9", "--data.evaluation=0.5", "--run.no-progress")
 SOLVED = ("--cell.heads=2", "stability:off", "--solver.tol=0.1", "--solver.max-iter=6")
 RATES = {f"lr {rate}": (f"--optim.lr={rate}",) for rate in ("1e-9", "0.03", "1e38")}
@@ -82,7 +82,7 @@ def test_figures_are_those_of_the_runs(measured):
         finals = [runs[f"seed-{seed}"] for seed in range(SEEDS)]
         assert row["losses"] == [final["validation_loss"] for final in finals]
         assert len(set(row["losses"])) == SEEDS
-        assert row["steps"] == 4
+        assert row["steps"] == 8
         assert len(row["seconds"]) == controls.STEPS
         assert min(row["seconds"]) > 0
         assert row["memory"] > 0
@@ -116,7 +116,8 @@ def test_the_trial_with_the_lowest_validation_loss_is_trained_with_every_seed(me
     for seed in range(SEEDS):
         final = settings(f"seed-{seed}")["config"]
         assert (final["data.validation"], final["optim.lr"], final["seed"]) == (0.0, 0.03, seed)
-        same = set(final) - {"data.validation", "optim.lr", "seed", "run.dir"}
+        assert final["epochs"] == 2 * trial["epochs"]
+        same = set(final) - {"data.validation", "epochs", "optim.lr", "seed", "run.dir"}
         assert [final[name] for name in same] == [trial[name] for name in same]
 
 
