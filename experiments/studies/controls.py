@@ -1,9 +1,9 @@
 """The DEQ-Transformer beside its controls, tuned alike, trained for the same steps.
 
-Each network is tried with the same learning rates, for half the steps, and judged on a validation
-part of the training text. The best is trained with three seeds on the whole training text, and the
-end of the text, which no trial has seen, is reported on. A training that was interrupted goes on
-where it was.
+Each network is tried with the same learning rates, for a quarter of the steps, and judged on a
+validation part of the training text. The best rate is trained with three seeds on the whole
+training text, and the end of the text, which no trial has seen, is reported on. A training that was
+interrupted goes on where it was.
 
 The time of a step is the median of interleaved rounds at the end of training, so that it does not
 matter what else the machine did while the networks were trained. The memory is that of the
@@ -84,7 +84,7 @@ NETWORKS: dict[str, dict[str, Network]] = {
 SCRIPTS: dict[str, Any] = {"copy": copy_memory, "language": language_model}
 SPLITS = {"copy": "test", "language": "validation"}
 
-TRIAL: Flags = ("--data.validation=0.1", "--epochs=4")
+TRIAL: Flags = ("--data.validation=0.1", "--epochs=2")
 """A trial in difference from a final training."""
 
 
