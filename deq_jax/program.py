@@ -66,6 +66,14 @@ class Program:
             run = jax.sharding.explicit_axes(evaluate, in_sharding=self.specs)
         return jax.tree.unflatten(self.out_tree, run(*values))
 
+    def output(self, index: int) -> "Program":
+        """The program of the item `index` of the tuple that this one returns."""
+        trees = jax.tree_util.treedef_children(self.out_tree)
+        begin = sum(tree.num_leaves for tree in trees[:index])
+        outvars = self.jaxpr.outvars[begin : begin + trees[index].num_leaves]
+        jaxpr = _compat.without_dead_code(self.jaxpr, outvars)
+        return Program(jaxpr, trees[index], self.per_sample, self.value_only)
+
     @functools.cached_property
     def mixes(self) -> bool:
         """Whether it can be seen to mix the samples of the state."""
