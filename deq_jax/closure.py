@@ -82,13 +82,14 @@ class Closure:
         """The function of the state alone, for evaluations of these numbers, int32 `[B]`."""
         if step is None or not self.takes_step:
             return self
-        before = self.program
-        program = Program(
-            before.jaxpr, before.out_tree, (*before.per_sample, True), before.value_only
+        return dataclasses.replace(
+            self,
+            arrays=(*self.arrays, step),
+            program=self.program.with_array(per_sample=True),
+            key_impls=(*self.key_impls, None),
+            parts=tuple(part.bound(step) for part in self.parts),
+            takes_step=False,
         )
-        parts = tuple(part.bound(step) for part in self.parts)
-        arrays, key_impls = (*self.arrays, step), (*self.key_impls, None)
-        return Closure(arrays, program, key_impls, parts, check_every=self.check_every)
 
     def output(self, index: int) -> "Closure":
         """The function that returns only the item `index` of the tuple that this one returns."""

@@ -35,7 +35,8 @@ class Truncated:
     and z is differentiated by ordinary backpropagation, in any mode. For loops whose last iterate
     counts and not their equilibrium: recursive reasoning, looped transformers. Set the solver's
     `tol` to 0 for exactly N applications. With a tolerance a sample that has stopped waits, and
-    then makes the last k steps with all others.
+    then makes the last k steps with all others, so that their number, where f is given it, is that
+    of the slowest sample.
 
     Bias: with respect to backpropagation through all N steps, the terms that pass through more than
     k of them, of the order of the k-th power of the spectral radius of ∂f/∂z. `Control.select` is
