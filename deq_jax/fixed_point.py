@@ -23,6 +23,7 @@ from deq_jax.gradients.implicit import Implicit, is_linear_solver
 from deq_jax.gradients.policy import GradientPolicy, check_policy, differentiates_solver
 from deq_jax.linear.krylov import LinearSolver
 from deq_jax.passes import LoopBody
+from deq_jax.root_form import RootForm
 from deq_jax.shrinking import sizes
 from deq_jax.solve import Solver, check_samples, check_solver, solve
 from deq_jax.solvers.anderson import Anderson
@@ -294,6 +295,15 @@ class _CloseAndSolve:
             fewer = sizes(jax.tree.leaves(z0)[0].shape[0], self.shrink_to)
         # Cast before f is traced, so that no trip of a loop casts params and x.
         cast_params, cast_x = precision.cast((params.value, x.value), self.cell_dtype)
+        if isinstance(f.value, RootForm):
+            cast_x = f.value.input_with_scale(
+                cast_params,
+                cast_x,
+                z0,
+                batched=self.batched,
+                cell_dtype=self.cell_dtype,
+                value_only=self.value_only,
+            )
         closed = close(
             f.value,
             cast_params,
