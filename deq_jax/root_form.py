@@ -24,8 +24,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
-from deq_jax import checks, tree
+from deq_jax import _compat, checks, tree
 from deq_jax.closure import Cell, Closure, add_batch_axis, close
 
 PyTree = Any
@@ -75,29 +76,39 @@ class RootForm:
 
 def _scale(f: Closure, z: PyTree, batched: bool) -> jax.Array:
     """The number s of each sample, where `f` is F as a function of z alone."""
-    z = z if batched else add_batch_axis(z)
-    f, z = lax.stop_gradient((f, z))
-    z = tree.vary_over(z, tree.varying_axes(f))
-    v = _signs(z)
-    _, product = f.linearize(z)
-    image = lax.stop_gradient(product(v))
 
-    # |s| = ‖v‖ / ‖J v‖, of a J v of unit size, whose inner products do not overflow.
-    largest = tree.largest(image)
-    usable = jnp.isfinite(largest) & (largest > 0)
-    _, exponent = jnp.frexp(jnp.where(usable, largest, 1))
-    unit = tree.power_of_two(-exponent, largest.dtype)
-    image = tree.scale(unit, image)
-    size = jnp.where(usable, tree.norm(image), 1)
-    rounded = jnp.round(jnp.log2(tree.norm(v) / size)).astype(exponent.dtype)
-    magnitude = tree.power_of_two(rounded - exponent, size.dtype)
-    # sign s = sign ⟨v, J v⟩.
-    sign = jnp.where(tree.dot(v, image) < 0, -1, 1).astype(size.dtype)
-    scale = jnp.where(usable, sign * magnitude, 1)
-    return scale if batched else scale[0]
+    def estimate(f: Closure, z: PyTree) -> jax.Array:
+        f, z = lax.stop_gradient((f, z))
+        z = z if batched else add_batch_axis(z)
+        z = tree.vary_over(z, tree.varying_axes(f))
+        v = _signs(z)
+        _, product = f.linearize(z)
+        scale = _signed_ratio(v, product(v))
+        return scale if batched else scale[0]
+
+    if _compat.explicit_axes():  # as in a solve
+        specs = [jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves(z)]
+        batch = next((spec[0] for spec in specs if batched and spec and spec[0]), None)
+        spread: Any = jax.sharding.auto_axes(estimate, out_sharding=P(batch) if batched else P())
+        return spread(f, z)
+    return estimate(f, z)
 
 
 _scale_compiled = jax.jit(_scale, static_argnames=("batched",))
+
+
+def _signed_ratio(v: PyTree, image: PyTree) -> jax.Array:
+    """`‖v‖ / ‖J v‖` as a power of two, with the sign of `⟨v, J v⟩`; 1 without a usable J v."""
+    # Of a J v of unit size, so that no inner product overflows or vanishes.
+    largest = tree.largest(image)
+    usable = jnp.isfinite(largest) & (largest > 0)
+    _, exponent = jnp.frexp(jnp.where(usable, largest, 1))
+    image = tree.scale(tree.power_of_two(-exponent, largest.dtype), image)
+    size = jnp.where(usable, tree.norm(image), 1)
+    ratio = jnp.round(jnp.log2(tree.norm(v) / size)).astype(exponent.dtype)
+    magnitude = tree.power_of_two(ratio - exponent, size.dtype)
+    sign = jnp.where(tree.dot(v, image) < 0, -1, 1).astype(size.dtype)
+    return jnp.where(usable, sign * magnitude, 1)
 
 
 def _signs(z: PyTree) -> PyTree:
