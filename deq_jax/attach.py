@@ -114,14 +114,15 @@ def attach_gradient(
         >>> def f(a, z, x):
         ...     return jnp.cos(a * z) + x
         >>> def layer(a, x):
-        ...     def host(a, x):
+        ...     def host(a, x):  # NumPy alone
+        ...         a, x = np.asarray(a), np.asarray(x)
         ...         found = scipy.optimize.root(lambda z: np.cos(a * z) + x - z, np.zeros_like(x))
         ...         return found.x.astype(x.dtype)
         ...     z = jax.pure_callback(host, x, *jax.lax.stop_gradient((a, x)))
         ...     return attach_gradient(f, a, x, z)
         >>> x = jnp.array([0.0, 0.5])
-        >>> jax.jacobian(layer)(1.0, x).round(2)
-        Array([-0.3 , -0.47], dtype=float32)
+        >>> [round(float(slope), 2) for slope in jax.jacobian(layer)(1.0, x)]
+        [-0.3, -0.47]
 
     Args:
         f: the equation, `f(params, z, x)` of pytrees. It returns the structure, shapes and dtypes
@@ -137,8 +138,8 @@ def attach_gradient(
         atol: bound on the absolute residual, which is enough as well; 0 leaves it out.
         batched: with False the whole of z is one system, which is right for every equation. With
             True axis 0 of every leaf is a batch, and a sample's equation must not depend on other
-            samples; each then has a status and a linear solve of its own. (A solver of this
-            library would notice coupled samples. Here nothing would.)
+            samples; each then has a status and a linear solve of its own. The linear solve fails
+            for coupled samples, which only a `backward_probe` reports.
         return_stats: also return `SolveStats`: how well z* solves the equation. The residual is
             `‖f(z*) - z*‖ / (ε + ‖f(z*)‖)`, and in root form `‖s F(z*)‖ / (ε + ‖z* - s F(z*)‖)`,
             where the number s, an estimate of 1 / ‖∂F/∂z‖, makes the unit of F arbitrary
