@@ -431,28 +431,30 @@ def call_checked(
     return (fz, aux) if has_aux else fz
 
 
-def initial_state(x: PyTree, z0: PyTree | None, batched: bool) -> PyTree:
+def initial_state(x: PyTree, z0: PyTree | None, batched: bool, name: str = "z0") -> PyTree:
     """The checked start of a solve, as arrays: `z0`, or zeros shaped like `x`.
+
+    Messages call it `name`.
 
     Raises:
         TypeError: a leaf is neither floating nor complex.
         ValueError: no leaves, no batch axis, batch axes that disagree, or an empty batch.
     """
-    origin = "z0" if z0 is not None else "x (z0 was left out, so z starts as zeros shaped like x)"
+    origin = name if z0 is not None else "x (z0 was left out, so z starts as zeros shaped like x)"
     source = x if z0 is None else z0
     sizes = {}
     for path, leaf in checks.named_leaves(source):
-        name = f"leaf {path} of {origin}"
+        label = f"leaf {path} of {origin}"
         if not checks.is_array(leaf) or not _is_inexact(leaf):
             kind = jnp.result_type(leaf) if checks.is_array(leaf) else type(leaf).__name__
             raise TypeError(
-                f"{name} has dtype {kind}, but a state must be floating or complex"
+                f"{label} has dtype {kind}, but a state must be floating or complex"
                 + ("; pass z0" if z0 is None else "")
             )
         shape = jnp.shape(leaf)
         if batched and not shape:
-            raise ValueError(f"{name} is a scalar without a batch axis; pass batched=False")
-        sizes[name] = shape[0] if batched else None
+            raise ValueError(f"{label} is a scalar without a batch axis; pass batched=False")
+        sizes[label] = shape[0] if batched else None
     if not sizes:
         raise ValueError(f"{origin} has no leaves; the state needs at least one array")
     if len(set(sizes.values())) > 1:

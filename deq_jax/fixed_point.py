@@ -26,6 +26,7 @@ from deq_jax.gradients.policy import GradientPolicy, check_policy, differentiate
 from deq_jax.linear.krylov import LinearSolver
 from deq_jax.passes import LoopBody
 from deq_jax.progress import Progress
+from deq_jax.root_form import RootForm
 from deq_jax.shrinking import sizes
 from deq_jax.solve import Solver, check_samples, check_solver, solve
 from deq_jax.solvers.anderson import Anderson
@@ -378,6 +379,15 @@ def closed_problem(
         fewer = sizes(jax.tree.leaves(z0)[0].shape[0], execution.shrink_to)
     # Cast before f is traced, so that no trip of a loop casts params and x.
     params, x = precision.cast((params, x), execution.cell_dtype)
+    if isinstance(f, RootForm):
+        x = f.input_with_scale(
+            params,
+            x,
+            z0,
+            batched=setup.batched,
+            cell_dtype=execution.cell_dtype,
+            value_only=value_only,
+        )
     closed = close(
         f,
         params,
