@@ -26,7 +26,7 @@ from deq_jax import GMRES, Anderson, Implicit, deq_fixed_point
 
 jax.config.update("jax_enable_x64", True)
 
-BINS = jnp.linspace(-6.0, 8.0, 57)
+BINS = jnp.linspace(-8.0, 9.0, 69)
 START = {"share": jnp.array(0.5), "mean": jnp.array([-1.0, 2.0]), "variance": jnp.ones(2)}
 SOLVER = Anderson(tol=1e-12, max_iter=300)
 

@@ -8,9 +8,8 @@ two paired electrons is a fixed point (in atomic units):
 
     F_ij = h_ij + Σ_kl P_kl ((ij|kl) - (ik|jl) / 2),   P = 2 c cᵀ,   F c = ε S c   (lowest ε)
 
-Anderson acceleration of F is what chemists call DIIS. The energy Σ P (h + F) / 2 + Z₁ Z₂ / R is
-stationary in P. The dipole moment is not: its derivative by an electric field, the polarisability,
-needs the derivative of the fixed point.
+Anderson acceleration of F is what chemists call DIIS. The polarisability, which is the derivative
+of the dipole moment by an electric field, needs the derivative of the fixed point.
 
 Source: Szabo and Ostlund, "Modern Quantum Chemistry", 1989, section 3.5 and appendix B.
 """
@@ -53,11 +52,10 @@ def molecule(distance, field, charges, zetas):
     places = jnp.stack([0 * distance, distance])
     overlap, h, dipole, repulsion = integrals(places, charges, zetas)
     repulsion, h = repulsion - repulsion.swapaxes(1, 2) / 2, h + field * dipole
-    values, vectors = jnp.linalg.eigh(overlap)
-    root = (vectors / jnp.sqrt(values)) @ vectors.T  # S^{-1/2}
+    root = jnp.linalg.inv(jnp.linalg.cholesky(overlap))  # root S rootᵀ = 1
 
     def density(fock):
-        return 2 * jnp.outer(*[root @ jnp.linalg.eigh(root @ fock @ root)[1][:, 0]] * 2)
+        return 2 * jnp.outer(*[root.T @ jnp.linalg.eigh(root @ fock @ root.T)[1][:, 0]] * 2)
 
     def f(params, fock, x):  # the arrays that it closes over get their gradients all the same
         return h + jnp.einsum("kl,ijkl->ij", density(fock), repulsion)
