@@ -35,6 +35,13 @@ TORCHDEQ = """
     jac_incremental power_method mixed_init mem_gc add_deq_args
 """
 
+OPTIMISTIX = """
+    fixed_point root_find FixedPointIteration Newton Chord Bisection Dogleg LevenbergMarquardt BFGS
+    BestSoFarFixedPoint BestSoFarRootFinder minimise least_squares rtol atol damp
+    args options max_steps adjoint ImplicitAdjoint linear_solver RecursiveCheckpointAdjoint throw
+    value result num_steps state
+"""
+
 
 @functools.cache
 def page(name):
@@ -67,7 +74,11 @@ def cotangent(y, w=W, x=X):
     return np.outer(slope * u, z)
 
 
-@pytest.mark.parametrize(("name", "words"), [("jaxopt", JAXOPT), ("torchdeq", TORCHDEQ)])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("jaxopt", JAXOPT), ("torchdeq", TORCHDEQ), ("optimistix", OPTIMISTIX)],
+    ids=("jaxopt", "torchdeq", "optimistix"),
+)
 def test_every_entry_point_is_there(name, words):
     text = "\n".join(re.findall(r"`([^`]+)`", page(name)))
     missing = [word for word in words.split() if not re.search(rf"\b{word}\b", text)]
@@ -150,3 +161,19 @@ def test_torchdeq():
     assert names["penalty"] == pytest.approx((jacobians**2).sum((1, 2)).mean() / 3, rel=0.1)
     radius = np.abs(np.linalg.eigvals(jacobians)).max(1)
     np.testing.assert_allclose(names["radius"], radius, rtol=0.01)
+
+
+def test_optimistix():
+    names = run("optimistix")
+    z = equilibrium()
+    np.testing.assert_allclose(names["z"], z, atol=1e-5)
+    rows = np.stack([cotangent(y) for y in np.eye(3)])
+    for name in ("forward", "reverse", "unrolled"):
+        np.testing.assert_allclose(names[name], rows, atol=1e-4)
+    many = np.stack([equilibrium(x=s * X) for s in (1, 2, -1)])
+    np.testing.assert_allclose(names["many"], many, atol=2e-3)
+    root = np.zeros(3)
+    for _ in range(30):
+        slope = np.diag(3 * root**2 + 1) - W
+        root = root - np.linalg.solve(slope, root**3 + root - W @ root - X)
+    np.testing.assert_allclose(names["root"], root, atol=1e-5)
