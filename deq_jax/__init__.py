@@ -1,5 +1,9 @@
 """Deep equilibrium layers for JAX: batched fixed points, differentiated at the solution."""
 
+from deq_jax import stepping as stepping
+from deq_jax.attach import attach_gradient as attach_gradient
+from deq_jax.attach import implicit as implicit
+from deq_jax.control import Control as Control
 from deq_jax.execution import Execution as Execution
 from deq_jax.fixed_point import deq_fixed_point as deq_fixed_point
 from deq_jax.fixed_point import solve_adjoint as solve_adjoint
@@ -9,10 +13,12 @@ from deq_jax.gradients.neumann import Neumann as Neumann
 from deq_jax.gradients.one_step import OneStep as OneStep
 from deq_jax.gradients.phantom import Phantom as Phantom
 from deq_jax.gradients.policy import GradientPolicy as GradientPolicy
+from deq_jax.gradients.truncated import Truncated as Truncated
 from deq_jax.gradients.unrolled import Unrolled as Unrolled
 from deq_jax.linear.bicgstab import BiCGStab as BiCGStab
 from deq_jax.linear.gmres import GMRES as GMRES
 from deq_jax.linear.krylov import LinearSolver as LinearSolver
+from deq_jax.root import deq_root as deq_root
 from deq_jax.solve import Solver as Solver
 from deq_jax.solvers.anderson import Anderson as Anderson
 from deq_jax.solvers.broyden import Broyden as Broyden
@@ -34,6 +40,7 @@ __all__ = [
     "BackwardProbe",
     "BiCGStab",
     "Broyden",
+    "Control",
     "Execution",
     "Finding",
     "GradientPolicy",
@@ -48,10 +55,15 @@ __all__ = [
     "SolveStats",
     "Solver",
     "Status",
+    "Truncated",
     "Unrolled",
     "__version__",
+    "attach_gradient",
     "deq_fixed_point",
+    "deq_root",
     "diagnose",
+    "implicit",
     "solve_adjoint",
     "solve_fixed_point",
+    "stepping",
 ]

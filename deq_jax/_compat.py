@@ -71,6 +71,17 @@ def with_equations(
     )
 
 
+def without_dead_code(jaxpr: Any, outvars: Sequence[Any]) -> Any:
+    """`jaxpr` with these outputs, without the equations that nothing of them depends on."""
+    needed = {atom for atom in outvars if not isinstance(atom, Literal)}
+    equations = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or needed.intersection(equation.outvars):
+            equations.append(equation)
+            needed.update(atom for atom in equation.invars if not isinstance(atom, Literal))
+    return with_equations(jaxpr, jaxpr.invars, equations[::-1], outvars)
+
+
 def new_variable(like: Any) -> Any:
     """A variable of the type of `like` that occurs nowhere else."""
     return core.Var(like.aval)

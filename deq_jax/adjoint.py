@@ -48,11 +48,13 @@ class Affine:
         product: `w -> A w`.
         b: the right-hand side, leaves `[B, ...]`.
         parts: the map on fewer samples.
+        check_every: see `Map`.
     """
 
     product: LoopBody
     b: PyTree
     parts: tuple[Phase, ...] = ()
+    check_every: int = 1
 
     @classmethod
     def of(cls, f: Closure, z: PyTree, b: PyTree, transposed: bool) -> "Affine":
@@ -63,11 +65,16 @@ class Affine:
             return cls.of(part.at(index), z_part, b_part, transposed)
 
         parts = tuple(Phase(part.size, functools.partial(at, part)) for part in f.parts)
-        return cls(LoopBody(f.product(z, transposed)), b, parts)
+        return cls(LoopBody(f.product(z, transposed)), b, parts, f.check_every)
 
     def __call__(self, w: PyTree) -> PyTree:
         """`A w + b`."""
         return tree.add(self.product(w), self.b)
+
+    @property
+    def takes_step(self) -> bool:
+        """A product is the same in every trip."""
+        return False
 
     @property
     def mesh_axes(self) -> tuple[str, ...]:
@@ -90,7 +97,7 @@ class Affine:
             return part.at(index).scaled(factor)
 
         parts = tuple(Phase(part.size, functools.partial(at, part)) for part in self.parts)
-        return Affine(self.product, tree.scale(factor, self.b), parts)
+        return dataclasses.replace(self, b=tree.scale(factor, self.b), parts=parts)
 
 
 class Inverse(Protocol):

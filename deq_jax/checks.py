@@ -6,9 +6,10 @@ or not, is data: the compiled program takes it as an input and serves every valu
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.core
@@ -20,17 +21,32 @@ Real = float | np.floating[Any] | np.integer[Any] | jax.Array
 """A real scalar: a Python number is static, all others are data."""
 
 
-def register_options(cls: type[T]) -> type[T]:
+@overload
+def register_options(cls: type[T]) -> type[T]: ...
+
+
+@overload
+def register_options(*, data: tuple[str, ...]) -> Callable[[type[T]], type[T]]: ...
+
+
+def register_options(cls: type[T] | None = None, *, data: tuple[str, ...] = ()) -> Any:
     """Makes a frozen dataclass a pytree whose leaves are the fields that hold data.
 
     A field with other options in it (the solver of `Implicit`, say) is a subtree. All else is
-    static. Unflattening makes no range checks, because JAX unflattens with placeholders.
+    static, except for the fields named in `data`, which are subtrees whatever they hold.
+    Unflattening makes no range checks, because JAX unflattens with placeholders.
     """
+    if cls is None:
+        return functools.partial(_register_options, always=data)
+    return _register_options(cls, data)
+
+
+def _register_options(cls: type[T], always: tuple[str, ...]) -> type[T]:
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
     def flatten_with_keys(options: Any) -> tuple[list[Any], Any]:
         values = {name: getattr(options, name) for name in names}
-        data = [name for name, value in values.items() if _is_data(value)]
+        data = [name for name in names if name in always or _is_data(values[name])]
         static = tuple((name, values[name]) for name in names if name not in data)
         children = [(jax.tree_util.GetAttrKey(name), values[name]) for name in data]
         return children, (tuple(data), static)

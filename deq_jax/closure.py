@@ -29,7 +29,7 @@ Cell = Callable[[Any, Any, Any], Any]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["arrays", "parts"],
-    meta_fields=["program", "key_impls"],
+    meta_fields=["program", "key_impls", "takes_step", "check_every"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Closure:
@@ -41,12 +41,17 @@ class Closure:
         key_impls: for each array that holds random keys their implementation, else None.
         parts: the same function for fewer samples, sizes decreasing. They too hold the arrays of
             all samples, until `at` picks those of some.
+        takes_step: it is a function of the pair of the number of the evaluation, int32 `[B]`, and
+            the state, until `bound` sets the number.
+        check_every: see `Execution`.
     """
 
     arrays: tuple[Any, ...]
     program: Program
     key_impls: tuple[Any, ...]
     parts: tuple["Closure", ...] = ()
+    takes_step: bool = False
+    check_every: int = 1
 
     differentiable: ClassVar[bool] = True
 
@@ -72,6 +77,25 @@ class Closure:
     def __call__(self, z: PyTree) -> PyTree:
         """The function at `z`, differentiable in `arrays` and `z`."""
         return self.program(*self.values(), *jax.tree.leaves(z))
+
+    def bound(self, step: jax.Array | None) -> "Closure":
+        """The function of the state alone, for evaluations of these numbers, int32 `[B]`."""
+        if step is None or not self.takes_step:
+            return self
+        return dataclasses.replace(
+            self,
+            arrays=(*self.arrays, step),
+            program=self.program.with_array(per_sample=True),
+            key_impls=(*self.key_impls, None),
+            parts=tuple(part.bound(step) for part in self.parts),
+            takes_step=False,
+        )
+
+    def output(self, index: int) -> "Closure":
+        """The function that returns only the item `index` of the tuple that this one returns."""
+        program = self.program.output(index)
+        parts = tuple(part.output(index) for part in self.parts)
+        return dataclasses.replace(self, program=program, parts=parts)
 
     def values(self) -> list[Any]:
         """The arrays as the program takes them, random keys as keys."""
@@ -111,6 +135,9 @@ class Closure:
 
     def linearize(self, z: PyTree) -> tuple[PyTree, "Closure"]:
         """`f(z)`, and the product `v -> J v` with J = ∂f/∂z there."""
+        if self.takes_step:
+            step, z = z
+            return self.bound(step).linearize(z)
         if not self.program.reverse_only:
             fz, push = jax.linearize(self, z)
             return fz, Closure.of(push, z)
@@ -222,6 +249,8 @@ def close(
     *,
     batched: bool = True,
     cell_dtype: Any = None,
+    has_aux: bool = False,
+    pass_step: bool = False,
     sizes: Sequence[int] = (),
     value_only: bool = False,
 ) -> Closure:
@@ -238,6 +267,9 @@ def close(
         batched: axis 0 is the batch.
         cell_dtype: give f the floating leaves of z in this dtype, and cast the value of f back.
             The caller casts params and x.
+        has_aux: f returns a pair `(z, aux)`, and so does the closure.
+        pass_step: f takes the number of the evaluation as a fourth argument; see
+            `Closure.takes_step`.
         sizes: also trace f for these numbers of samples, as `Closure.parts`.
         value_only: see `Program`.
 
@@ -255,30 +287,36 @@ def close(
     held = Held((params, x))
     start = z if batched else add_batch_axis(z)
 
-    def function(arguments: Held, z: PyTree) -> PyTree:
+    def function(arguments: Held, step: jax.Array | None, z: PyTree) -> PyTree:
         params, x = arguments.value
         if batched:
-            return call_checked(f, params, z, x, cell_dtype)
-        return add_batch_axis(call_checked(f, params, drop_batch_axis(z), x, cell_dtype))
+            return call_checked(f, params, z, x, step, cell_dtype, has_aux)
+        step = None if step is None else step[0]
+        fz = call_checked(f, params, drop_batch_axis(z), x, step, cell_dtype, has_aux)
+        return (add_batch_axis(fz[0]), fz[1]) if has_aux else add_batch_axis(fz)
 
     def closed(arguments: Held, z: PyTree) -> Closure:
         # Inside a `shard_map`, z has to vary over the mesh axes of all that f uses.
         z = tree.vary_over(z, tree.varying_axes(arguments))
-        jaxpr, captured, out_tree = _trace(function, (f, batched, cell_dtype), arguments, z)
+        step = tree.zeros_per_sample(z).astype(jnp.int32) if pass_step else None
+        options = f, batched, cell_dtype, has_aux
+        jaxpr, captured, out_tree = _trace(function, options, arguments, step, z)
         if tree.varying_axes(captured) - tree.varying_axes(z):
-            z = tree.vary_over(z, tree.varying_axes(captured))
-            jaxpr, captured, out_tree = _compat.trace(function, arguments, z)
+            step, z = tree.vary_over((step, z), tree.varying_axes(captured))
+            jaxpr, captured, out_tree = _compat.trace(function, arguments, step, z)
         arrays = (*captured, *arguments.arrays)
         shared = len(arrays) - len(Held(x).arrays)
         per_sample = tuple(batched and i >= shared for i in range(len(arrays)))
-        return Closure.around(arrays, jaxpr, out_tree, per_sample, value_only)
+        found = Closure.around(arrays, jaxpr, out_tree, per_sample, value_only)
+        return dataclasses.replace(found, takes_step=pass_step)
 
     whole = closed(held, start)
     start = tree.vary_over(start, tree.varying_axes(whole.arrays))
     parts = tuple(_closed_for(closed, params, x, start, size, sizes[-1]) for size in sizes)
     for part in parts:
         _check_uses(whole, part, sizes[-1])
-        inputs = (*whole.program.per_sample, *[True] * len(jax.tree.leaves(z)))
+        of_state = len(whole.program.jaxpr.invars) - len(whole.arrays)
+        inputs = (*whole.program.per_sample, *[True] * of_state)
         check_apart(whole.program.jaxpr, part.program.jaxpr, inputs, sizes[-1])
     return dataclasses.replace(whole, parts=parts)
 
@@ -309,7 +347,7 @@ def _closed_for(
     arrays = [*part.values()[: len(part.arrays) - len(inputs)], *inputs]
     program = part.program
     rest = program.jaxpr, program.out_tree, program.per_sample, program.value_only
-    return Closure.around(arrays, *rest)
+    return dataclasses.replace(Closure.around(arrays, *rest), takes_step=part.takes_step)
 
 
 def _check_uses(whole: Closure, part: Closure, shrink_to: int) -> None:
@@ -351,14 +389,37 @@ def _trace(function: Callable[..., PyTree], source: tuple[Any, ...], *args: PyTr
     return traced
 
 
-def call_checked(f: Cell, params: PyTree, z: PyTree, x: PyTree, cell_dtype: Any = None) -> PyTree:
+def call_checked(
+    f: Callable[..., PyTree],
+    params: PyTree,
+    z: PyTree,
+    x: PyTree,
+    step: jax.Array | None = None,
+    cell_dtype: Any = None,
+    has_aux: bool = False,
+) -> PyTree:
     """`f(params, z, x)`, with z given in `cell_dtype` and the value cast back to the dtypes of z.
+
+    Args:
+        f: the cell.
+        params: its parameters.
+        z: the state.
+        x: the input.
+        step: a fourth argument of f, unless None.
+        cell_dtype: see `close`.
+        has_aux: see `close`.
 
     Raises:
         ValueError: f returns something else than it was given.
+        TypeError: f returns no pair although it `has_aux`.
     """
     given = cast(z, cell_dtype)
-    fz = f(params, given, x)
+    value = f(params, given, x) if step is None else f(params, given, x, step)
+    if has_aux and (not isinstance(value, tuple) or len(value) != 2):
+        raise TypeError(
+            f"with has_aux=True f must return a pair (z, aux), got a {type(value).__name__}"
+        )
+    fz, aux = value if has_aux else (value, None)
     remedy = "; cast what f returns, or start from a z0 of that dtype"
     if cell_dtype is not None:
         remedy = (
@@ -366,31 +427,34 @@ def call_checked(f: Cell, params: PyTree, z: PyTree, x: PyTree, cell_dtype: Any 
             "the arrays it closes over"
         )
     checks.check_same_form("f must return", "z", fz, given, remedy)
-    return fz if cell_dtype is None else cast_like(fz, z)
+    fz = fz if cell_dtype is None else cast_like(fz, z)
+    return (fz, aux) if has_aux else fz
 
 
-def initial_state(x: PyTree, z0: PyTree | None, batched: bool) -> PyTree:
+def initial_state(x: PyTree, z0: PyTree | None, batched: bool, name: str = "z0") -> PyTree:
     """The checked start of a solve, as arrays: `z0`, or zeros shaped like `x`.
+
+    Messages call it `name`.
 
     Raises:
         TypeError: a leaf is neither floating nor complex.
         ValueError: no leaves, no batch axis, batch axes that disagree, or an empty batch.
     """
-    origin = "z0" if z0 is not None else "x (z0 was left out, so z starts as zeros shaped like x)"
+    origin = name if z0 is not None else "x (z0 was left out, so z starts as zeros shaped like x)"
     source = x if z0 is None else z0
     sizes = {}
     for path, leaf in checks.named_leaves(source):
-        name = f"leaf {path} of {origin}"
+        label = f"leaf {path} of {origin}"
         if not checks.is_array(leaf) or not _is_inexact(leaf):
             kind = jnp.result_type(leaf) if checks.is_array(leaf) else type(leaf).__name__
             raise TypeError(
-                f"{name} has dtype {kind}, but a state must be floating or complex"
+                f"{label} has dtype {kind}, but a state must be floating or complex"
                 + ("; pass z0" if z0 is None else "")
             )
         shape = jnp.shape(leaf)
         if batched and not shape:
-            raise ValueError(f"{name} is a scalar without a batch axis; pass batched=False")
-        sizes[name] = shape[0] if batched else None
+            raise ValueError(f"{label} is a scalar without a batch axis; pass batched=False")
+        sizes[label] = shape[0] if batched else None
     if not sizes:
         raise ValueError(f"{origin} has no leaves; the state needs at least one array")
     if len(set(sizes.values())) > 1:

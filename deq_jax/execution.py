@@ -49,6 +49,16 @@ class Execution:
         state_dtype: real floating dtype of the state: `z0` or the zeros in its place are cast to
             it, and the value, histories and the backward solve have it (residuals at least
             float32). With None the state has the dtype of `z0`.
+        check_every: evaluations between two looks at whether any sample is unfinished, forwards
+            and in a backward solve by a fixed-point solver. Over a sharded batch each look is an
+            agreement between all devices; k evaluations then need one. Up to k - 1 evaluations may
+            be made for nothing, and answers stay the same. A solver with `tol=0` never looks, and
+            always makes `max_iter` evaluations. `Unrolled` looks in each.
+        progress: shows a tqdm meter while the solve runs, also inside `jax.jit`: evaluations, how
+            many samples are unfinished, and the largest residual among them. An integer is the
+            number of evaluations between two updates; True is 1. Each update is an ordered callback
+            to the host, which JAX does not allow under `vmap`, in `shard_map`, or on several
+            devices. For the forward solve only.
 
     Raises:
         ValueError, TypeError: a field is out of its range; the message names it. In the solve, for
@@ -62,12 +72,17 @@ class Execution:
     shard_axis: str | None = None
     cell_dtype: Any = None
     state_dtype: Any = None
+    check_every: int = 1
+    progress: bool | int = False
 
     def __post_init__(self) -> None:
         if self.shrink_to is not None:
             checks.check_count(self, "shrink_to")
         if self.shard_axis is not None:
             sharding.check_axis(self, "shard_axis")
+        checks.check_count(self, "check_every")
+        if not isinstance(self.progress, bool):
+            checks.check_count(self, "progress")
         for name in ("cell_dtype", "state_dtype"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, precision.check_floating(self, name))

@@ -1,6 +1,7 @@
 """The doors: an equation, a solver and a gradient policy become a layer."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
@@ -18,11 +19,14 @@ from deq_jax.closure import (
     drop_batch_axis,
     initial_state,
 )
+from deq_jax.control import Control, Watch
 from deq_jax.execution import Execution
 from deq_jax.gradients.implicit import Implicit, is_linear_solver
 from deq_jax.gradients.policy import GradientPolicy, check_policy, differentiates_solver
 from deq_jax.linear.krylov import LinearSolver
 from deq_jax.passes import LoopBody
+from deq_jax.progress import Progress
+from deq_jax.root_form import RootForm
 from deq_jax.shrinking import sizes
 from deq_jax.solve import Solver, check_samples, check_solver, solve
 from deq_jax.solvers.anderson import Anderson
@@ -40,7 +44,15 @@ class _Options(TypedDict, total=False):
     batched: bool
     backward_probe: BackwardProbe | None
     sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None
+    has_aux: Literal[False]
+    pass_step: Literal[False]
+    control: Control
     execution: Execution
+
+
+class _AllOptions(_Options, total=False):
+    has_aux: bool  # type: ignore[misc]
+    pass_step: bool  # type: ignore[misc]
 
 
 @overload
@@ -97,19 +109,19 @@ def deq_fixed_point(
 
 @overload
 def deq_fixed_point(
-    f: Callable[[Any, State, Any], State],
+    f: Callable[..., Any],
     params: Any,
     x: Any,
     z0: Any = None,
     *,
     return_stats: bool = False,
     sample_at: tuple[int, ...] = (),
-    **options: Unpack[_Options],
+    **options: Unpack[_AllOptions],
 ) -> Any: ...
 
 
 def deq_fixed_point(
-    f: Cell,
+    f: Callable[..., PyTree],
     params: PyTree,
     x: PyTree,
     z0: PyTree | None = None,
@@ -121,6 +133,9 @@ def deq_fixed_point(
     backward_probe: BackwardProbe | None = None,
     sample_at: tuple[int, ...] = (),
     sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+    has_aux: bool = False,
+    pass_step: bool = False,
+    control: Control = Control(),  # noqa: B008  (frozen)
     execution: Execution = Execution(),  # noqa: B008  (frozen)
 ) -> Any:
     """The solution `z*` of `z* = f(params, z*, x)`, differentiable in params and x.
@@ -153,13 +168,21 @@ def deq_fixed_point(
             then as well, for losses along the way. A sample that had stopped gives its final state.
         sample_gradient: the gradient policy of these states, one for all or one each; None is
             `gradient`.
+        has_aux: f returns a pair `(z, aux)`. `aux`, any pytree of arrays, is returned as f returns
+            it at the returned z, and is differentiable. It costs one more evaluation of f.
+        pass_step: f takes a fourth argument, `f(params, z, x, step)`: the number of the evaluation,
+            counted from 0, int32 `[B]` (a scalar with `batched=False`). Fold it into a random key,
+            and each evaluation draws its own noise. The derivative is that of the evaluations that
+            were made: `Implicit` and the like take f as it was when it was given the returned z.
+        control: when to go on and what to return: `Control(budget=..., stop=..., norm=..., ...)`.
         execution: how the work is done: `Execution(shrink_to=..., shard_axis=..., ...)`.
 
     Returns:
         `z*`: per sample the iterate with the lowest residual
         `‖f(z) - z‖₂ / (ε + ‖f(z)‖₂)`; with `return_stats` the pair `(z*, stats)`. With `sample_at`
-        there is one more at the end, the tuple of states. A tolerance that was not reached or a
-        sample that became NaN raises nothing: see `stats.status`.
+        there is one more at the end, the tuple of states, and with `has_aux` one more behind it,
+        `aux`. A tolerance that was not reached or a sample that became NaN raises nothing: see
+        `stats.status`.
 
     Raises:
         ValueError: f returns another structure, shape or dtype than z; the batch is empty; leaves
@@ -175,65 +198,107 @@ def deq_fixed_point(
         raise TypeError(f"sample_at must be a tuple of integers, got {sample_at!r}")
     sample_at = tuple(sample_at)
     policies = (gradient, *_sample_policies(sample_at, sample_gradient, gradient))
-    task = _Task(solver, policies, batched, sample_at, execution)
+    setup = Setup(batched, sample_at, has_aux, pass_step, execution)
+    task = Task(solver, policies, control, setup)
     solution = _run(f, params, x, z0, task, backward_probe)
-    return returned(solution.value, solution.stats, solution.samples, return_stats)
+    aux = (solution.aux,) if has_aux else ()
+    return returned(solution.value, solution.stats, solution.samples, return_stats, aux)
 
 
 def solve_fixed_point(
-    f: Cell,
+    f: Callable[..., PyTree],
     params: PyTree,
     x: PyTree,
     z0: PyTree | None = None,
     *,
     solver: Solver = Anderson(),  # noqa: B008  (frozen)
     batched: bool = True,
+    has_aux: bool = False,
+    pass_step: bool = False,
+    control: Control = Control(),  # noqa: B008  (frozen)
     execution: Execution = Execution(),  # noqa: B008  (frozen)
 ) -> Solution:
     """Solves `z = f(params, z, x)` without a gradient rule; arguments as `deq_fixed_point`.
 
     Returns:
-        `Solution` with `value`, like `z0`, and `stats`. No gradient flows through either.
+        `Solution` with `value`, like `z0`, `stats`, and `aux` with `has_aux`. No gradient flows
+        through any of them.
     """
-    return _run(f, params, x, z0, _Task(solver, (), batched, (), execution), None)
+    setup = Setup(batched, (), has_aux, pass_step, execution)
+    return _run(f, params, x, z0, Task(solver, (), control, setup), None)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Task:
+class Setup:
+    """The options of a solve that are part of the compiled program.
+
+    Attributes:
+        batched: axis 0 is the batch.
+        sample_at: see `solve`.
+        has_aux: see `deq_fixed_point`.
+        pass_step: see `deq_fixed_point`.
+        execution: how to do it.
+    """
+
+    batched: bool
+    sample_at: tuple[int, ...]
+    has_aux: bool
+    pass_step: bool
+    execution: Execution
+
+    def __post_init__(self) -> None:
+        for name in ("batched", "has_aux", "pass_step"):
+            checks.check_bool(name, getattr(self, name))
+        if not isinstance(self.execution, Execution):
+            raise TypeError(f"execution must be an Execution(...), got {self.execution!r}")
+        if self.execution.shrink_to is not None and not self.batched:
+            raise ValueError(
+                f"Execution(shrink_to={self.execution.shrink_to}) needs samples that can leave, "
+                "but batched=False has none"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
     """What is to be done with an equation.
 
     Attributes:
         solver: the solver.
         policies: gradient policies of the value and of each sample; empty for no gradient.
-        batched: axis 0 is the batch.
-        sample_at: see `solve`.
-        execution: how to do it.
+        control: when to go on.
+        setup: all else.
     """
 
     solver: Solver
     policies: tuple[GradientPolicy, ...]
-    batched: bool
-    sample_at: tuple[int, ...]
-    execution: Execution
+    control: Control
+    setup: Setup
 
     def __post_init__(self) -> None:
         check_solver("solver", self.solver)
-        checks.check_bool("batched", self.batched)
-        check_samples(self.sample_at, self.solver)
-        if not isinstance(self.execution, Execution):
-            raise TypeError(f"execution must be an Execution(...), got {self.execution!r}")
+        check_samples(self.setup.sample_at, self.solver)
+        if not isinstance(self.control, Control):
+            raise TypeError(f"control must be a Control(...), got {self.control!r}")
+        self.control.check(self.solver.max_iter)
         for policy in self.policies:
             check_policy("gradient", policy)
             policy.check(self.solver)
-        shrink_to = f"Execution(shrink_to={self.execution.shrink_to})"
-        if self.execution.shrink_to is not None and not self.batched:
+        shrink_to, axis = self.setup.execution.shrink_to, self.setup.execution.shard_axis
+        if shrink_to is not None and any(map(differentiates_solver, self.policies)):
             raise ValueError(
-                f"{shrink_to} needs samples that can leave, but batched=False has none"
+                f"Execution(shrink_to={shrink_to}) does not go with gradient={self.policies[0]!r}, "
+                "which differentiates the solver itself, in a loop of scans"
             )
-        if self.execution.shrink_to is not None and any(map(differentiates_solver, self.policies)):
+        if shrink_to is not None and not self.control.is_local:
             raise ValueError(
-                f"{shrink_to} does not go with gradient={self.policies[0]!r}, which differentiates "
-                "the solver itself, in a loop of scans"
+                f"Execution(shrink_to={shrink_to}) goes on with some samples alone; it does not go "
+                "with functions or scales in Control(norm, scales, stop, fold), which are those of "
+                "the whole batch"
+            )
+        if axis is not None and self.control.fold is not None:
+            raise ValueError(
+                f"Execution(shard_axis={axis!r}) makes one loop on each device; it does not go "
+                "with Control(fold=...), which has one result"
             )
 
 
@@ -242,29 +307,35 @@ def _run(
     params: PyTree,
     x: PyTree,
     z0: PyTree | None,
-    task: _Task,
+    task: Task,
     probe: BackwardProbe | None,
 ) -> Solution:
     """Checks and casts the arguments, closes f and solves."""
-    z0 = precision.cast(initial_state(x, z0, task.batched), task.execution.state_dtype)
-    _check_probe(probe, z0, task.batched)
-    execution, axis = task.execution, task.execution.shard_axis
-    if execution.shrink_to is not None:
-        batch = jax.tree.leaves(z0)[0].shape[0]
-        why = f"Execution(shrink_to={execution.shrink_to}) gathers samples of x"
-        sharding.check_batch(why, x, batch)
-    solve_closed = _CloseAndSolve(
-        task.batched,
-        task.sample_at,
-        execution.shrink_to,
-        execution.cell_dtype,
-        _compat.at_top_level(),
-    )
-    arguments = (Held(f), Held(params), Held(x), z0, Held((task.solver, task.policies)), probe)
-    mesh = sharding.find_mesh(axis, x, z0, task.batched)
+    setup, axis = task.setup, task.setup.execution.shard_axis
+    z0 = checked_start(x, z0, setup)
+    _check_probe(probe, z0, setup.batched)
+    solve_closed = _CloseAndSolve(setup, _compat.at_top_level())
+    held = Held((task.solver, task.policies, task.control))
+    arguments = (Held(f), Held(params), Held(x), z0, held, probe)
+    mesh = sharding.find_mesh(axis, x, z0, setup.batched)
     if mesh is None or axis is None:
         return solve_closed(*arguments)
     return sharding.solve_shards(solve_closed, arguments, axis, mesh)
+
+
+def checked_start(x: PyTree, z0: PyTree | None, setup: Setup) -> PyTree:
+    """The start of a solve; checks that it and x fit the options.
+
+    Raises:
+        ValueError, TypeError: see `deq_fixed_point`.
+    """
+    z0 = precision.cast(initial_state(x, z0, setup.batched), setup.execution.state_dtype)
+    shrink_to = setup.execution.shrink_to
+    if shrink_to is not None:
+        batch = jax.tree.leaves(z0)[0].shape[0]
+        why = f"Execution(shrink_to={shrink_to}) gathers samples of x"
+        sharding.check_batch(why, x, batch)
+    return z0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,113 +343,198 @@ class _CloseAndSolve:
     """Closes f over the arguments and solves, for a batch or a shard of one.
 
     Attributes:
-        batched: axis 0 is the batch.
-        sample_at: see `solve`.
-        shrink_to: see `Execution`.
-        cell_dtype: see `Execution`.
+        setup: the static options.
         value_only: see `Program`.
     """
 
-    batched: bool
-    sample_at: tuple[int, ...]
-    shrink_to: int | None
-    cell_dtype: Any
+    setup: Setup
     value_only: bool
 
     def __call__(
         self, f: Held, params: Held, x: Held, z0: PyTree, held: Held, probe: BackwardProbe | None
     ) -> Solution:
-        """The solution by the solver and with the policies that are `held`."""
-        fewer: tuple[int, ...] = ()
-        if self.shrink_to is not None:
-            fewer = sizes(jax.tree.leaves(z0)[0].shape[0], self.shrink_to)
-        # Cast before f is traced, so that no trip of a loop casts params and x.
-        cast_params, cast_x = precision.cast((params.value, x.value), self.cell_dtype)
-        closed = close(
-            f.value,
-            cast_params,
-            cast_x,
-            z0,
-            batched=self.batched,
-            cell_dtype=self.cell_dtype,
-            sizes=fewer,
-            value_only=self.value_only,
+        """The solution by the solver, the policies and the control that are `held`."""
+        solver, policies, control = held.value
+        closed, watch = closed_problem(
+            f.value, params.value, x.value, z0, control, self.setup, value_only=self.value_only
         )
-        return _solve_compiled(closed, z0, held, probe, self.batched, self.sample_at)
+        held = Held((solver, policies, control.without_functions()))
+        return _solve_compiled(closed, z0, held, watch, probe, self.setup)
+
+
+def closed_problem(
+    f: Callable[..., PyTree],
+    params: PyTree,
+    x: PyTree,
+    z0: PyTree,
+    control: Control,
+    setup: Setup,
+    *,
+    value_only: bool,
+) -> tuple[Closure, Watch]:
+    """The traces of f and of the functions of `control`."""
+    execution = setup.execution
+    fewer: tuple[int, ...] = ()
+    if execution.shrink_to is not None:
+        fewer = sizes(jax.tree.leaves(z0)[0].shape[0], execution.shrink_to)
+    # Cast before f is traced, so that no trip of a loop casts params and x.
+    params, x = precision.cast((params, x), execution.cell_dtype)
+    if isinstance(f, RootForm):
+        x = f.input_with_scale(
+            params,
+            x,
+            z0,
+            batched=setup.batched,
+            cell_dtype=execution.cell_dtype,
+            value_only=value_only,
+        )
+    closed = close(
+        f,
+        params,
+        x,
+        z0,
+        batched=setup.batched,
+        cell_dtype=execution.cell_dtype,
+        has_aux=setup.has_aux,
+        pass_step=setup.pass_step,
+        sizes=fewer,
+        value_only=value_only,
+    )
+    closed = dataclasses.replace(closed, check_every=execution.check_every)
+    return closed, _watch(closed, control, z0, setup)
+
+
+def _watch(f: Closure, control: Control, z0: PyTree, setup: Setup) -> Watch:
+    """The functions of `control`, traced for the states that the loop will have."""
+    if control.is_local and control.budget is None and control.norm == "l2":
+        return Watch()
+    z = z0 if setup.batched else add_batch_axis(z0)
+    z = jax.lax.stop_gradient(tree.vary_over(z, tree.varying_axes(f)))
+    aux = _aux_shapes(f, z, setup) if control.watches else None
+    return Watch.of(control, z, aux, setup.batched)
+
+
+def _aux_shapes(f: Closure, z: PyTree, setup: Setup) -> PyTree:
+    """Shapes of what f returns beside z; None without such."""
+    if not setup.has_aux:
+        return None
+    step = tree.zeros_per_sample(z).astype(jnp.int32)
+    return jax.eval_shape(f, (step, z) if setup.pass_step else z)[1]
 
 
 def _solve(
-    f: Closure,
+    closed: Closure,
     z0: PyTree,
     held: Held,
+    watch: Watch,
     probe: BackwardProbe | None,
-    batched: bool,
-    sample_at: tuple[int, ...],
+    setup: Setup,
 ) -> Solution:
     """Solves, and gives the solution its derivative; compiled once for equal programs."""
+    batched = setup.batched
 
-    def run(f: Closure, z0: PyTree, held: Held, probe: BackwardProbe | None) -> Solution:
-        solver, policies = held.value
+    def run(
+        closed: Closure, z0: PyTree, held: Held, watch: Watch, probe: BackwardProbe | None
+    ) -> Solution:
         if not batched:
             z0 = add_batch_axis(z0)
             if probe is not None:
                 per_sample = {k: jnp.atleast_1d(a) for k, a in probe._asdict().items()}
                 probe = BackwardProbe(**per_sample)._replace(evaluations=probe.evaluations)
-        z0 = jax.lax.stop_gradient(tree.vary_over(z0, tree.varying_axes(f)))
-        solution = _solve_and_attach(f, z0, solver, policies, probe, sample_at)
-        solution = dataclasses.replace(solution, state=None)
+        z0 = jax.lax.stop_gradient(tree.vary_over(z0, tree.varying_axes(closed)))
+        solution = _solve_and_attach(closed, z0, held, watch, probe, setup)
+        solution = dataclasses.replace(solution, state=None, sample_steps=())
         if batched:
             return solution
-        return Solution(
-            drop_batch_axis(solution.value),
-            solution.stats.single(),
-            tuple(map(drop_batch_axis, solution.samples)),
+        return dataclasses.replace(
+            solution,
+            value=drop_batch_axis(solution.value),
+            stats=solution.stats.single(),
+            samples=tuple(map(drop_batch_axis, solution.samples)),
         )
 
     if _compat.explicit_axes():
         # The loop's own arrays carry no shardings. JAX distributes them; f runs in its own types.
-        specs = sharding.solution_specs(f, z0, held.value[0], batched, len(sample_at))
+        solver = held.value[0]
+        aux = _aux_shapes(closed, z0 if batched else add_batch_axis(z0), setup)
+        stats: Any = SolveStats
+        shapes = Solution(
+            None, stats(*[None] * 7, watch.init), (None,) * len(setup.sample_at), aux=aux
+        )
+        specs = sharding.solution_specs(
+            closed,
+            z0,
+            shapes,
+            batched=batched,
+            trace=solver.trace,
+            products=getattr(solver, "linearizes", False),
+        )
         spread: Any = jax.sharding.auto_axes(run, out_sharding=specs)
-        return spread(f, z0, held, probe)
-    return run(f, z0, held, probe)
+        return spread(closed, z0, held, watch, probe)
+    return run(closed, z0, held, watch, probe)
 
 
-_solve_compiled = jax.jit(_solve, static_argnames=("batched", "sample_at"))
+_solve_compiled = jax.jit(_solve, static_argnames=("setup",))
 
 
 def _solve_and_attach(
-    f: Closure,
+    closed: Closure,
     z0: PyTree,
+    held: Held,
+    watch: Watch,
+    probe: BackwardProbe | None,
+    setup: Setup,
+) -> Solution:
+    solver, policies, control = held.value
+    f = closed.output(0) if setup.has_aux else closed
+    observed = None
+    if setup.has_aux and (watch.stop is not None or watch.fold is not None):
+        observed = LoopBody(jax.lax.stop_gradient(closed))
+    progress = None
+    if setup.execution.progress:
+        progress = Progress(int(setup.execution.progress), solver.max_iter)
+    options: Any = {"observed": observed, "sample_at": setup.sample_at, "progress": progress}
+    if policies and differentiates_solver(policies[0]):
+        policy: Any = policies[0]
+        solution = policy.solve(f, z0, solver, control, watch, **options)
+        value = policy.attach(f, solution, solver=solver, probe=probe)
+        stats = jax.lax.stop_gradient(solution.stats)
+        solution = dataclasses.replace(solution, value=value, stats=stats)
+    else:
+        body = LoopBody(jax.lax.stop_gradient(f))
+        solution = solve(body, z0, solver, control, watch, **options)
+        solution = jax.lax.stop_gradient(solution)
+        if policies:
+            solution = _attached(f, solution, solver, policies, probe)
+    if progress is not None:
+        progress.close(solution.stats.evaluations)
+    if setup.has_aux:
+        at = closed.bound(solution.stats.step).output(1)
+        aux = at(solution.value)
+        solution = dataclasses.replace(
+            solution, aux=aux if policies else jax.lax.stop_gradient(aux)
+        )
+    return solution
+
+
+def _attached(
+    f: Closure,
+    solution: Solution,
     solver: Solver,
     policies: tuple[GradientPolicy, ...],
     probe: BackwardProbe | None,
-    sample_at: tuple[int, ...],
 ) -> Solution:
-    if policies and differentiates_solver(policies[0]):
-        policy: Any = policies[0]
-        solver = policy.limited(solver)
-        check_samples(sample_at, solver)
-        solution = solve(f, z0, solver, sample_at=sample_at, differentiable=True)
-        stats = jax.lax.stop_gradient(solution.stats)
-        return dataclasses.replace(
-            solution,
-            value=policy.attach(f, solution, solver=solver, probe=probe),
-            stats=stats,
-        )
-    body = LoopBody(jax.lax.stop_gradient(f))
-    solution = jax.lax.stop_gradient(solve(body, z0, solver, sample_at=sample_at))
-    if not policies:
-        return solution
+    """The solution whose value and samples have the derivatives that the policies give them."""
+    states = (solution.value, *solution.samples)
+    steps = (solution.stats.step, *solution.sample_steps)
     value, *samples = (
         policy.attach(
-            f,
+            f.bound(step),
             dataclasses.replace(solution, value=state),
             solver=solver,
             probe=None if i else probe,
         )
-        for i, (policy, state) in enumerate(
-            zip(policies, (solution.value, *solution.samples), strict=True)
-        )
+        for i, (policy, state, step) in enumerate(itertools.zip_longest(policies, states, steps))
     )
     return dataclasses.replace(solution, value=value, samples=tuple(samples))
 
@@ -448,12 +604,16 @@ _solve_adjoint_compiled = jax.jit(_solve_adjoint, static_argnames=("batched",))
 
 
 def returned(
-    value: PyTree, stats: SolveStats, samples: tuple[PyTree, ...], return_stats: bool
+    value: PyTree,
+    stats: SolveStats,
+    samples: tuple[PyTree, ...],
+    return_stats: bool,
+    aux: tuple[PyTree] | tuple[()] = (),
 ) -> Any:
     """What a layer returns: the value, and behind it what else was asked for."""
-    if not (return_stats or samples):
+    if not (return_stats or samples or aux):
         return value
-    return (value, *[stats] * return_stats, *[samples] * bool(samples))
+    return (value, *[stats] * return_stats, *[samples] * bool(samples), *aux)
 
 
 def has_injection(cell: Any, asked: bool | None) -> bool:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from deq_jax import tree
+from deq_jax.control import Control
 from deq_jax.execution import Execution
 from deq_jax.fixed_point import deq_fixed_point, has_injection, returned
 from deq_jax.gradients.implicit import Implicit
@@ -40,6 +41,9 @@ class DEQ(nn.Module):
         solver: as for `deq_fixed_point`.
         gradient: as for `deq_fixed_point`.
         batched: as for `deq_fixed_point`.
+        has_aux: as for `deq_jax.nnx.DEQ`.
+        pass_step: as for `deq_jax.nnx.DEQ`.
+        control: as for `deq_jax.nnx.DEQ`.
         execution: as for `deq_fixed_point`.
         rng_streams: names of the random streams the cell draws from; those present are split once
             a call and are then the same in every evaluation.
@@ -52,6 +56,9 @@ class DEQ(nn.Module):
     solver: Solver = Anderson()
     gradient: GradientPolicy = Implicit()
     batched: bool = True
+    has_aux: bool = False
+    pass_step: bool = False
+    control: Control = Control()
     execution: Execution = Execution()
     rng_streams: tuple[str, ...] = ("dropout",)
     normalization: Normalization | None = None
@@ -68,6 +75,7 @@ class DEQ(nn.Module):
         backward_probe: BackwardProbe | None = None,
         sample_at: tuple[()] = (),
         sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        control: Control | None = None,
         **kwargs: Any,
     ) -> PyTree: ...
 
@@ -81,6 +89,7 @@ class DEQ(nn.Module):
         backward_probe: BackwardProbe | None = None,
         sample_at: tuple[()] = (),
         sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        control: Control | None = None,
         **kwargs: Any,
     ) -> tuple[PyTree, SolveStats]: ...
 
@@ -94,6 +103,7 @@ class DEQ(nn.Module):
         backward_probe: BackwardProbe | None = None,
         sample_at: tuple[int, *tuple[int, ...]],
         sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        control: Control | None = None,
         **kwargs: Any,
     ) -> tuple[PyTree, tuple[PyTree, ...]]: ...
 
@@ -107,6 +117,7 @@ class DEQ(nn.Module):
         backward_probe: BackwardProbe | None = None,
         sample_at: tuple[int, *tuple[int, ...]],
         sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        control: Control | None = None,
         **kwargs: Any,
     ) -> tuple[PyTree, SolveStats, tuple[PyTree, ...]]: ...
 
@@ -120,6 +131,7 @@ class DEQ(nn.Module):
         backward_probe: BackwardProbe | None = None,
         sample_at: tuple[int, ...] = (),
         sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        control: Control | None = None,
         **kwargs: Any,
     ) -> Any: ...
 
@@ -133,6 +145,7 @@ class DEQ(nn.Module):
         backward_probe: BackwardProbe | None = None,
         sample_at: tuple[int, ...] = (),
         sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        control: Control | None = None,
         **kwargs: Any,
     ) -> Any:
         """Solves for z*; `kwargs`, hashable, go to the cell; the rest as `deq_fixed_point`."""
@@ -142,16 +155,17 @@ class DEQ(nn.Module):
         if self.is_initializing():
             injection = self._inject(None, x)
             start = jax.tree.map(jnp.zeros_like, injection) if z0 is None else z0
-            z = self.cell(start, injection, **kwargs)
+            z = self.cell(start, injection, *self._first_step(start), **kwargs)
+            z, *aux = z if self.has_aux else (z,)
             if self.normalization is not None:
                 self._init_normalization(self.normalization)
             stats = _nothing_solved(z)
-            return returned(z, stats, (z,) * len(sample_at), return_stats)
+            return returned(z, stats, (z,) * len(sample_at), return_stats, tuple(aux))
 
         effective = self._effective_params(advance=not self.deterministic)
         injection = self._inject(effective, x)
         f, state = self._function(effective, kwargs)
-        z, stats, *samples = deq_fixed_point(
+        z, stats, *rest = deq_fixed_point(
             f,
             state,
             injection,
@@ -163,13 +177,25 @@ class DEQ(nn.Module):
             backward_probe=backward_probe,
             sample_at=sample_at,
             sample_gradient=sample_gradient,
+            has_aux=self.has_aux,
+            pass_step=self.pass_step,
+            control=self.control if control is None else control,
             execution=self.execution,
         )
         if f.changing or self.is_mutable_collection("intermediates"):
-            arguments = jax.lax.stop_gradient((z, injection))
+            step = () if stats.step is None else (stats.step,)
+            arguments = (*jax.lax.stop_gradient((z, injection)), *step)
             _call(self.cell, effective, "__call__", *arguments, **kwargs)
         self.sow("intermediates", "stats", stats)
-        return returned(z, stats, samples[0] if samples else (), return_stats)
+        samples = rest[0] if sample_at else ()
+        return returned(z, stats, samples, return_stats, (rest[-1],) if self.has_aux else ())
+
+    def _first_step(self, z: PyTree) -> tuple[jax.Array, ...]:
+        """The number that the cell gets in its first call, if it takes one."""
+        if not self.pass_step:
+            return ()
+        batch = jax.tree.leaves(z)[0].shape[:1] if self.batched else ()
+        return (jnp.zeros(batch, jnp.int32),)
 
     def _init_normalization(self, normalization: Normalization) -> None:
         scale, statistics = normalization.init(self.cell.variables.get("params", {}))
@@ -239,12 +265,15 @@ class _Apply:
     changing: tuple[str, ...]
     kwargs: tuple[tuple[str, Any], ...]
 
-    def __call__(self, state: tuple[PyTree, PyTree], z: PyTree, x: PyTree) -> PyTree:
+    def __call__(
+        self, state: tuple[PyTree, PyTree], z: PyTree, x: PyTree, *step: jax.Array
+    ) -> PyTree:
         variables, rngs = state
-        z, _ = self.cell.apply(
-            variables, z, x, **dict(self.kwargs), rngs=rngs, mutable=list(self.changing)
+        kwargs = dict(self.kwargs)
+        value, _ = self.cell.apply(
+            variables, z, x, *step, **kwargs, rngs=rngs, mutable=list(self.changing)
         )
-        return z
+        return value
 
 
 def _nothing_solved(z: PyTree) -> SolveStats:

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from deq_jax.closure import Cell
+from deq_jax.control import Control
 from deq_jax.execution import Execution
 from deq_jax.fixed_point import deq_fixed_point, has_injection, returned
 from deq_jax.gradients.implicit import Implicit
@@ -51,6 +52,9 @@ class DEQ(nnx.Module):
         solver: as for `deq_fixed_point`.
         gradient: as for `deq_fixed_point`.
         batched: as for `deq_fixed_point`.
+        has_aux: the cell returns a pair `(z, aux)`; see `deq_fixed_point`.
+        pass_step: the cell is called as `cell(z, x, step)`; see `deq_fixed_point`.
+        control: as for `deq_fixed_point`; a call may be given another one.
         execution: as for `deq_fixed_point`.
         normalization: `deq_jax.stability.WeightNorm()`, `SpectralNorm()` or another map of the
             cell's parameters to effective ones; None leaves them as they are.
@@ -66,6 +70,9 @@ class DEQ(nnx.Module):
         solver: Solver = Anderson(),  # noqa: B008  (frozen)
         gradient: GradientPolicy = Implicit(),  # noqa: B008  (frozen)
         batched: bool = True,
+        has_aux: bool = False,
+        pass_step: bool = False,
+        control: Control = Control(),  # noqa: B008  (frozen)
         execution: Execution = Execution(),  # noqa: B008  (frozen)
         normalization: Normalization | None = None,
         inject: bool | None = None,
@@ -79,6 +86,9 @@ class DEQ(nnx.Module):
         self.solver = solver
         self.gradient = gradient
         self.batched = batched
+        self.has_aux = has_aux
+        self.pass_step = pass_step
+        self.control = control
         self.execution = execution
         self.normalization = normalization
         self.inject = inject
@@ -108,6 +118,7 @@ class DEQ(nnx.Module):
         backward_probe: BackwardProbe | None = None,
         sample_at: tuple[()] = (),
         sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        control: Control | None = None,
     ) -> PyTree: ...
 
     @overload
@@ -120,6 +131,7 @@ class DEQ(nnx.Module):
         backward_probe: BackwardProbe | None = None,
         sample_at: tuple[()] = (),
         sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        control: Control | None = None,
     ) -> tuple[PyTree, SolveStats]: ...
 
     @overload
@@ -132,6 +144,7 @@ class DEQ(nnx.Module):
         backward_probe: BackwardProbe | None = None,
         sample_at: tuple[int, *tuple[int, ...]],
         sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        control: Control | None = None,
     ) -> tuple[PyTree, tuple[PyTree, ...]]: ...
 
     @overload
@@ -144,6 +157,7 @@ class DEQ(nnx.Module):
         backward_probe: BackwardProbe | None = None,
         sample_at: tuple[int, *tuple[int, ...]],
         sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        control: Control | None = None,
     ) -> tuple[PyTree, SolveStats, tuple[PyTree, ...]]: ...
 
     @overload
@@ -156,6 +170,7 @@ class DEQ(nnx.Module):
         backward_probe: BackwardProbe | None = None,
         sample_at: tuple[int, ...] = (),
         sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        control: Control | None = None,
     ) -> Any: ...
 
     def __call__(
@@ -167,11 +182,15 @@ class DEQ(nnx.Module):
         backward_probe: BackwardProbe | None = None,
         sample_at: tuple[int, ...] = (),
         sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None = None,
+        control: Control | None = None,
     ) -> Any:
-        """Solves for z*; arguments, returns and errors as `deq_fixed_point`."""
+        """Solves for z*; arguments, returns and errors as `deq_fixed_point`.
+
+        With `control`, in the place of the layer's own, a budget can change from call to call.
+        """
         cell = self._effective_cell(advance=not self.deterministic)
         f, state, injection = self._equation(cell, x)
-        z, stats, *samples = deq_fixed_point(
+        z, stats, *rest = deq_fixed_point(
             f,
             state,
             injection,
@@ -183,13 +202,18 @@ class DEQ(nnx.Module):
             backward_probe=backward_probe,
             sample_at=sample_at,
             sample_gradient=sample_gradient,
+            has_aux=self.has_aux,
+            pass_step=self.pass_step,
+            control=self.control if control is None else control,
             execution=self.execution,
         )
         if jax.tree.leaves(state[1]) or f.definition in _sowing:
-            cell(*jax.lax.stop_gradient((z, injection)))
+            step = () if stats.step is None else (stats.step,)
+            cell(*jax.lax.stop_gradient((z, injection)), *step)
         if hasattr(self, "__captures__"):  # otherwise Flax warns of a sow that nobody reads
             self.sow(nnx.Intermediate, "stats", stats)
-        return returned(z, stats, samples[0] if samples else (), return_stats)
+        samples = rest[0] if sample_at else ()
+        return returned(z, stats, samples, return_stats, (rest[-1],) if self.has_aux else ())
 
     def equation(self, x: PyTree) -> tuple[Cell, tuple[PyTree, PyTree], PyTree]:
         """What the layer solves: `f, params, injection` with `z* = f(params, z*, injection)`.
@@ -253,11 +277,13 @@ class _Apply:
 
     definition: Any
 
-    def __call__(self, state: tuple[PyTree, PyTree], z: PyTree, x: PyTree) -> PyTree:
+    def __call__(
+        self, state: tuple[PyTree, PyTree], z: PyTree, x: PyTree, *step: jax.Array
+    ) -> PyTree:
         # A copy: the variables of the merged cell may change (random counters, batch statistics)
         # and must not be those of the caller, who lives at another trace level.
         cell = nnx.merge(self.definition, *state, copy=True)
-        z = cell(z, x)
+        z = cell(z, x, *step)
         # What a cell sows grows its state. What it sowed on the way is dropped with the copy.
         if len(jax.tree.leaves(nnx.state(cell))) > len(jax.tree.leaves(state)):
             if len(_sowing) >= _MOST_DEFINITIONS:

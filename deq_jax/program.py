@@ -66,6 +66,23 @@ class Program:
             run = jax.sharding.explicit_axes(evaluate, in_sharding=self.specs)
         return jax.tree.unflatten(self.out_tree, run(*values))
 
+    def output(self, index: int) -> "Program":
+        """The program of the item `index` of the tuple that this one returns."""
+        trees = jax.tree_util.treedef_children(self.out_tree)
+        begin = sum(tree.num_leaves for tree in trees[:index])
+        outvars = self.jaxpr.outvars[begin : begin + trees[index].num_leaves]
+        jaxpr = _compat.without_dead_code(self.jaxpr, outvars)
+        return self._with(jaxpr, trees[index], self.per_sample)
+
+    def with_array(self, per_sample: bool) -> "Program":
+        """The same program, of whose inputs one more is an array of the closure."""
+        return self._with(self.jaxpr, self.out_tree, (*self.per_sample, per_sample))
+
+    def _with(self, jaxpr: Any, out_tree: Any, per_sample: tuple[bool, ...]) -> "Program":
+        program = Program(jaxpr, out_tree, per_sample, self.value_only)
+        program.specs = self.specs  # those of the context in which it was traced
+        return program
+
     @functools.cached_property
     def mixes(self) -> bool:
         """Whether it can be seen to mix the samples of the state."""

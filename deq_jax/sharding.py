@@ -24,20 +24,24 @@ from deq_jax.stats import BackwardProbe, Solution, SolveStats
 PyTree = Any
 
 
-def solution_specs(f: Closure, z0: PyTree, solver: Any, batched: bool, samples: int) -> Solution:
+def solution_specs(
+    f: Closure, z0: PyTree, shapes: Solution, *, batched: bool, trace: bool, products: bool
+) -> Solution:
     """Partition specs of a solution on a mesh with explicit axes: the batch is sharded as it was.
 
     Args:
         f: the equation.
         z0: the start.
-        solver: the solver.
+        shapes: of the parts that f and its user make: shapes of `aux` and `stats.fold`.
         batched: axis 0 is the batch.
-        samples: how many sampled states there are.
+        trace: the solver keeps a trace.
+        products: the solver counts products.
     """
     own = [a for a, mine in zip(f.arrays, f.program.per_sample, strict=True) if mine]
     specs = [jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves((z0, own))]
     batch = next((spec[0] for spec in specs if batched and len(spec) and spec[0]), None)
     per_sample = P(batch) if batched else P()
+    size = jax.tree.leaves(z0)[0].shape[:1]
 
     def of_state(start: jax.Array) -> P:
         spec = jax.typeof(start).sharding.spec
@@ -50,10 +54,13 @@ def solution_specs(f: Closure, z0: PyTree, solver: Any, batched: bool, samples: 
         per_sample,
         per_sample,
         P(),
-        P(None, *per_sample) if solver.trace else None,
-        P() if getattr(solver, "linearizes", False) else None,
+        P(None, *per_sample) if trace else None,
+        P() if products else None,
+        per_sample if f.takes_step else None,
+        jax.tree.map(lambda _: P(), shapes.stats.fold),
     )
-    return Solution(state, stats, (state,) * samples, None)
+    aux = jax.tree.map(lambda leaf: per_sample if leaf.shape[:1] == size else P(), shapes.aux)
+    return Solution(state, stats, (state,) * len(shapes.samples), aux=aux)
 
 
 def check_axis(owner: object, name: str) -> None:
@@ -161,9 +168,9 @@ def _over_shards(
         return _with_counts(solution, lambda count: count[None])
 
     of_stats: Any = SolveStats
-    stats = of_stats(across, across, across, across, P(None, axis), across)
+    stats = of_stats(across, across, across, across, P(None, axis), across, across)
     samples: Any = across
-    mapped = _mapped(local, axis, mesh, Solution(across, stats, samples, None))
+    mapped = _mapped(local, axis, mesh, Solution(across, stats, samples, aux=across))
     if probe is not None:
         probe = probe._replace(evaluations=_one_each(probe.evaluations, mesh.shape[axis]))
     return _with_counts(mapped((f, params, held), x, z0, probe), jnp.max)

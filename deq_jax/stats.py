@@ -34,6 +34,9 @@ class SolveStats(NamedTuple):
             None unless the solver has `trace=True`.
         products: int32, how often a Jacobian-vector product was computed on the batch, apart from
             the evaluations; None for solvers that use none.
+        step: `[B]` int32, the number, counted from 0, of the evaluation at which the returned z
+            was the argument of f; None unless f is given such numbers.
+        fold: what `Control.fold` came to; None without.
     """
 
     residual: jax.Array
@@ -42,6 +45,8 @@ class SolveStats(NamedTuple):
     evaluations: jax.Array
     trace: jax.Array | None = None
     products: jax.Array | None = None
+    step: jax.Array | None = None
+    fold: Any = None
 
     @property
     def converged(self) -> jax.Array:
@@ -55,6 +60,7 @@ class SolveStats(NamedTuple):
             iterations=self.iterations[0],
             status=self.status[0],
             trace=None if self.trace is None else self.trace[:, 0],
+            step=None if self.step is None else self.step[0],
         )
 
 
@@ -68,12 +74,17 @@ class Solution:
         stats: the report.
         samples: the states at the evaluations asked for, a tuple of pytrees like `value`.
         state: what the solver remembers at the end; None where the solve does not give it away.
+        aux: what f returns beside z, at `value`; None unless f has such.
+        sample_steps: `stats.step` of each sample, where f is given numbers and this is inside of a
+            solve.
     """
 
     value: Any
     stats: SolveStats
     samples: tuple[Any, ...] = ()
     state: Any = None
+    aux: Any = None
+    sample_steps: tuple[Any, ...] = ()
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.value, self.stats))

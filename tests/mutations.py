@@ -300,6 +300,42 @@ FAULTS = [
         "if changes and not jax.tree.leaves(statistics):",
         "stability/test_normalized_layers.py",
     ),
+    # Solutions from elsewhere, and roots.
+    Fault(
+        "what solve closes over keeps its tangents",
+        "attach.py",
+        "_compat.evaluate(jaxpr, lax.stop_gradient(captured))",
+        "_compat.evaluate(jaxpr, captured)",
+        "test_attach.py",
+    ),
+    Fault(
+        "a solve in NumPy is given tracers",
+        "attach.py",
+        "lambda leaf: lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf",
+        "lambda leaf: leaf",
+        "test_attach.py",
+    ),
+    Fault(
+        "attach_gradient forgets the absolute bound",
+        "attach.py",
+        "solver=_Evaluation(tol, atol)",
+        "solver=_Evaluation(tol, 0.0)",
+        "test_attach.py",
+    ),
+    Fault(
+        "a root in a small unit counts as solved",
+        "root_form.py",
+        "sign * magnitude, 1)",
+        "sign * magnitude / magnitude, 1)",
+        "test_root.py",
+    ),
+    Fault(
+        "the sign of F matters",
+        "root_form.py",
+        "sign * magnitude, 1)",
+        "magnitude, 1)",
+        "test_root.py",
+    ),
 ]
 
 

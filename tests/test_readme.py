@@ -120,3 +120,28 @@ def test_the_guide_to_sequences_runs():
     whole = jnp.concatenate([names["tokens"], names["made"].tokens], 1)
     logits = names["model"](whole)[:, 23:-1]
     np.testing.assert_allclose(names["made"].logits, logits, atol=0.05)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_guide_to_loops_runs():
+    guide = (ROOT / "docs" / "loops.md").read_text(encoding="utf-8")
+    depth, noise, hand = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    names = {}
+    exec(compile(depth, "docs/loops.md", "exec"), names)
+    z, after = jnp.zeros((4, 8)), {}
+    for n in range(1, 65):
+        z = names["cell"](names["w"], z, names["x"])
+        after[n] = (z**2).mean()
+    np.testing.assert_allclose(names["shallow"], after[16], rtol=1e-5)
+    np.testing.assert_allclose(names["deep"], after[64], rtol=1e-5)
+    assert np.abs(names["gradient"]).max() > 0
+    exec(compile(noise, "docs/loops.md", "exec"), names)
+    stats = names["stats"]
+    assert stats.converged.all()
+    assert stats.fold == stats.evaluations
+    z, logits = names["noisy_cell"](names["jnp"].eye(8) / 2, names["z"],
+                                    jnp.arange(32.0).reshape(4, 8) / 32, stats.step)  # fmt: skip
+    np.testing.assert_allclose(names["logits"], logits, rtol=1e-5)
+    exec(compile(hand, "docs/loops.md", "exec"), names)
+    assert names["stats"].converged.all()
+    assert names["state"].done

@@ -13,8 +13,9 @@ PyTree = Any
 class GradientPolicy(Protocol):
     """How a solution is differentiated; any object with these two methods serves.
 
-    A policy that differentiates the solver's own loop sets `unrolled = True`. The solve is then
-    made of scans, by the solver that `solver(...)` returns.
+    A policy that differentiates the loop itself has a third method, which then makes the solve:
+    `solve(f, z0, solver, control, watch, **options)`, with the arguments and the return value of
+    `deq_jax.solve.solve`, differentiable in the arrays of f.
     """
 
     def check(self, solver: Solver) -> None:
@@ -46,8 +47,8 @@ def check_policy(name: str, policy: Any) -> None:
 
 
 def differentiates_solver(policy: Any) -> bool:
-    """Whether the policy is one that differentiates the solver's own loop."""
-    return getattr(policy, "unrolled", False)
+    """Whether the policy is one that differentiates the loop itself."""
+    return hasattr(policy, "solve")
 
 
 def refuse_probe(policy: Any, probe: BackwardProbe | None) -> None:

@@ -1,12 +1,13 @@
 """Backpropagation through the solver: the control that every other policy is compared with."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 from deq_jax import checks
 from deq_jax.closure import Closure
+from deq_jax.control import Control, Watch
 from deq_jax.gradients.policy import refuse_probe
-from deq_jax.solve import Solver
+from deq_jax.solve import Solver, check_samples, solve
 from deq_jax.stats import BackwardProbe, Solution
 
 PyTree = Any
@@ -43,8 +44,6 @@ class Unrolled:
         if self.steps is not None:
             checks.check_count(self, "steps")
 
-    unrolled: ClassVar[bool] = True
-
     def check(self, solver: Solver) -> None:
         """See `GradientPolicy`."""
         self.limited(solver)
@@ -60,6 +59,24 @@ class Unrolled:
             )
         options: Any = solver
         return dataclasses.replace(options, max_iter=self.steps)
+
+    def solve(
+        self,
+        f: Closure,
+        z0: PyTree,
+        solver: Solver,
+        control: Control,
+        watch: Watch,
+        *,
+        sample_at: tuple[int, ...] = (),
+        **options: Any,
+    ) -> Solution:
+        """See `GradientPolicy`."""
+        solver = self.limited(solver)
+        check_samples(sample_at, solver)
+        control.check(solver.max_iter)
+        options["sample_at"] = sample_at
+        return solve(f, z0, solver, control, watch, differentiable=True, **options)
 
     def attach(
         self, f: Closure, solution: Solution, *, solver: Solver, probe: BackwardProbe | None

@@ -53,6 +53,16 @@ class LoopBody:
         """Whether it can be seen to mix samples."""
         return self._source.mixes
 
+    @property
+    def takes_step(self) -> bool:
+        """See `Closure`."""
+        return self._source.takes_step
+
+    @property
+    def check_every(self) -> int:
+        """See `Closure`."""
+        return self._source.check_every
+
     def linearize(self, z: PyTree) -> tuple[PyTree, "LoopBody"]:
         """The function at `z`, and its derivative there, ready for a loop in its turn."""
         fz, product = self._source.linearize(z)

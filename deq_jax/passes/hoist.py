@@ -5,6 +5,7 @@ the CPU, and not for kernels behind an `optimization_barrier`. On `tanh(z @ W + 
 product `x @ U` is hoisted here; for convolutions their kernels, laid out as `passes.cpu` wants.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -46,7 +47,9 @@ def hoist(f: Closure, flat: Flat) -> Closure:
         [op.equation for op in inside],
         flat.outvars,
     )
-    return Closure.around([*(array for _, array in kept), *stored], body, f.program.out_tree)
+    arrays = [*(array for _, array in kept), *stored]
+    made_ready = Closure.around(arrays, body, f.program.out_tree)
+    return dataclasses.replace(made_ready, takes_step=f.takes_step)
 
 
 def _divide(

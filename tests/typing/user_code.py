@@ -36,7 +36,10 @@ from deq_jax import (
     SolveStats,
     Status,
     Unrolled,
+    attach_gradient,
     deq_fixed_point,
+    deq_root,
+    implicit,
     solve_adjoint,
     solve_fixed_point,
 )
@@ -340,8 +343,30 @@ def linen_layers(x: jax.Array) -> None:
     assert outputs[0].shape == x.shape
 
 
+def solutions_from_elsewhere(params: Params, x: jax.Array) -> None:
+    """A function that solves, a solution that was found elsewhere, and roots."""
+
+    @implicit(cell)
+    def solve(params: Params, x: jax.Array) -> jax.Array:
+        return solve_fixed_point(cell, params, x).value
+
+    found: jax.Array = solve(params, x)
+    assert_type(attach_gradient(cell, params, x, found), jax.Array)
+    z, stats = attach_gradient(cell, params, x, found, return_stats=True, tol=1e-3)
+    assert_type(stats, SolveStats)
+
+    def difference(params: Params, z: jax.Array, x: jax.Array) -> jax.Array:
+        return z - cell(params, z, x)
+
+    assert_type(deq_root(difference, params, x), jax.Array)
+    z, stats = deq_root(difference, params, x, solver=Broyden(), return_stats=True)
+    assert_type(stats, SolveStats)
+    assert z.shape == found.shape
+
+
 def main() -> None:
     params, x = numbers()
+    solutions_from_elsewhere(params, x)
     results_of_a_solve(params, x)
     states_of_any_structure(params, x)
     lambdas(params, x)
