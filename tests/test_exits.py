@@ -17,7 +17,8 @@ W = np.array([[0.3, -0.4, 0.1], [0.2, 0.1, 0.3], [-0.1, 0.2, 0.4]])
 X = np.array([0.5, -1.0, 2.0])
 
 JAXOPT = """
-    FixedPointIteration AndersonAcceleration AndersonWrapper Broyden root_vjp run_iterator
+    FixedPointIteration AndersonAcceleration AndersonWrapper Broyden run_iterator
+    custom_root custom_fixed_point root_vjp root_jvp reference_signature has_aux solve
     l2_optimality_error maxiter tol history_size beta ridge stepsize gamma verbose implicit_diff
     implicit_diff_solve jit unroll iter_num num_fun_eval error params solve_gmres solve_bicgstab
     solve_normal_cg
@@ -37,7 +38,7 @@ TORCHDEQ = """
 
 OPTIMISTIX = """
     fixed_point root_find FixedPointIteration Newton Chord Bisection Dogleg LevenbergMarquardt BFGS
-    BestSoFarFixedPoint BestSoFarRootFinder minimise least_squares rtol atol damp
+    BestSoFarFixedPoint BestSoFarRootFinder minimise least_squares rtol atol damp implicit_jvp
     args options max_steps adjoint ImplicitAdjoint linear_solver RecursiveCheckpointAdjoint throw
     value result num_steps state
 """
@@ -93,7 +94,10 @@ def test_jaxopt():
     expected = cotangent(2 * z)
     for name, atol in (("gradient", 1e-4), ("unrolled", 1e-3)):
         np.testing.assert_allclose(names[name]["w"], expected, atol=atol)
+    np.testing.assert_allclose(names["own"]["w"], expected, atol=1e-4)
     np.testing.assert_allclose(names["vjp"]["w"], cotangent(np.ones(3)), atol=1e-4)
+    moved = [cotangent(y).sum() for y in np.eye(3)]
+    np.testing.assert_allclose(names["jvp"], moved, atol=1e-4)
     many = np.stack([equilibrium(x=s * X) for s in (1, 2, -1)])
     for name in ("many", "same", "path"):
         np.testing.assert_allclose(names[name], many, atol=2e-3)

@@ -65,7 +65,7 @@ def test_it_is_short_stands_alone_and_is_listed(file):
     text = file.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 80
     imported = re.findall(r"^\s*(?:from|import) (\w+)", text, flags=re.MULTILINE)
-    assert set(imported) <= {"deq_jax", "jax", "numpy", "scipy"}
+    assert set(imported) <= {"deq_jax", "functools", "jax", "numpy", "scipy"}
     assert f"python experiments/examples/science/{file.name}" in text
     assert "\nSource: " in text
     page = (ROOT / "docs" / "science.md").read_text(encoding="utf-8")
@@ -272,3 +272,17 @@ def test_covariance_of_a_fit():
     drawn = np.random.default_rng(0).poisson(counts, size=(400, len(counts)))
     scatter = numpy_em(drawn, bins).std(axis=0)
     np.testing.assert_allclose(np.sqrt(np.diag(matrix)), scatter, rtol=0.12)
+
+
+def test_scipy_root():
+    module = load("scipy_root")
+    (p, liquid, vapour), slope, error = module.main()
+    assert abs(error) < 1e-10
+    assert float(p) == pytest.approx(0.646998, abs=1e-6)
+    assert abs(module.imbalance(0.9, (liquid, vapour), None)).max() < 1e-12
+
+    def vapour_pressure(temperature):
+        v = module.by_scipy(temperature[0])[1]
+        return np.array(8 * temperature[0] / (3 * v - 1) - 3 / v**2)
+
+    np.testing.assert_allclose(slope, differences(vapour_pressure, [0.9], 1e-3)[0], rtol=1e-8)
