@@ -19,6 +19,7 @@ X = np.array([0.5, -1.0, 2.0])
 JAXOPT = """
     FixedPointIteration AndersonAcceleration AndersonWrapper Broyden run_iterator
     custom_root custom_fixed_point root_vjp root_jvp reference_signature has_aux solve
+    init_state update aux
     l2_optimality_error maxiter tol history_size beta ridge stepsize gamma verbose implicit_diff
     implicit_diff_solve jit unroll iter_num num_fun_eval error params solve_gmres solve_bicgstab
     solve_normal_cg
@@ -28,7 +29,7 @@ TORCHDEQ = """
     core f_solver b_solver no_stat f_max_iter b_max_iter f_tol b_tol f_stop_mode b_stop_mode
     eval_factor eval_f_max_iter ift hook_ift grad tau sup_gap sup_loc n_states indexing
     anderson broyden fixed_point_iter simple_fixed_point_iter sliced
-    solver_kwargs sradius_mode backward_writer m lam LBFGS_thres ls
+    solver_kwargs sradius_mode backward_writer m lam LBFGS_thres ls return_final
     abs_lowest rel_lowest abs_trace rel_trace nstep sradius
     reset_deq register_deq register_solver apply_norm reset_norm remove_norm register_norm
     register_norm_module norm_clip norm_clip_value norm_target_norm norm_no_scale sn_n_power_iters
@@ -40,7 +41,7 @@ OPTIMISTIX = """
     fixed_point root_find FixedPointIteration Newton Chord Bisection Dogleg LevenbergMarquardt BFGS
     BestSoFarFixedPoint BestSoFarRootFinder minimise least_squares rtol atol damp implicit_jvp
     args options max_steps adjoint ImplicitAdjoint linear_solver RecursiveCheckpointAdjoint throw
-    value result num_steps state
+    value result num_steps state aux has_aux norm max_norm rms_norm two_norm init step terminate
 """
 
 
@@ -89,8 +90,9 @@ def test_every_entry_point_is_there(name, words):
 def test_jaxopt():
     names = run("jaxopt")
     z = equilibrium()
-    for name in ("z", "root"):
+    for name in ("z", "root", "by_hand"):
         np.testing.assert_allclose(names[name], z, atol=1e-5)
+    assert names["norm"] == pytest.approx((z**2).sum(), abs=1e-5)
     expected = cotangent(2 * z)
     for name, atol in (("gradient", 1e-4), ("unrolled", 1e-3)):
         np.testing.assert_allclose(names[name]["w"], expected, atol=atol)
@@ -171,6 +173,7 @@ def test_optimistix():
     names = run("optimistix")
     z = equilibrium()
     np.testing.assert_allclose(names["z"], z, atol=1e-5)
+    assert names["aux"] == pytest.approx((z**2).sum(), abs=1e-4)
     rows = np.stack([cotangent(y) for y in np.eye(3)])
     for name in ("forward", "reverse", "unrolled"):
         np.testing.assert_allclose(names[name], rows, atol=1e-4)
