@@ -7,8 +7,8 @@ With the admittance matrix Y, the voltage V_i of a load bus that draws the compl
     V_i = (-conj(S_i) / conj(V_i) - Σ_{j≠i} Y_ij V_j) / Y_ii,
 
 while bus 0, the slack, has a given voltage and makes up for what is missing. All quantities are per
-unit. Iterating the equation is the method of Gauss and Seidel; Anderson acceleration needs fewer
-evaluations. One adjoint solve gives the derivative of the losses by all loads.
+unit. Iterated bus by bus this is the method of Gauss and Seidel; here all buses move at once, with
+Anderson acceleration. One adjoint solve gives the derivative of the losses by all loads.
 
 Source: Saadat, "Power System Analysis", 1999, example 6.7, whose solution is V = 0.98 - 0.06i and
 1.00 - 0.05i, with a slack power of 4.095 + 1.890i.
