@@ -1,21 +1,8 @@
-"""Coming from jaxopt: its calls, and what to write here.
+"""Coming from jaxopt: one layer and its gradient in both libraries.
 
     python experiments/examples/from_jaxopt.py
 
-jaxopt                                              deq_jax
-------                                              -------
-FixedPointIteration(f).run(z0, params)              deq_fixed_point(f, params, x, z0,
-                                                                    solver=Picard(...))
-AndersonAcceleration(f, history_size=5, beta=b)     solver=Anderson(history=5, mixing=b)
-f(z, params)                                        f(params, z, x)
-implicit_diff=True                                  gradient=Implicit()   (the default)
-implicit_diff=False                                 gradient=Unrolled()
-implicit_diff_solve=solve_gmres                     gradient=Implicit(solver=GMRES())
-tol: ‖f(z) - z‖ of everything together              tol: relative, for each sample;
-                                                    atol: absolute
-ridge: added to the Gram matrix as it is            ridge: relative to it
-state.iter_num, state.error                         stats.iterations, stats.residual, per sample
-one equation                                        batched=False; otherwise axis 0 is the batch
+docs/from_jaxopt.md has each entry point and option of jaxopt beside ours.
 
 jaxopt is not needed to run this: where it is installed, both answers are compared.
 """

@@ -1,25 +1,12 @@
-"""Coming from torchdeq: its calls, and what to write here.
+"""Coming from torchdeq: a layer with fixed-point correction.
 
     python experiments/examples/from_torchdeq.py
 
-torchdeq                                       deq_jax
---------                                       -------
-deq = get_deq(f_solver="anderson")             deq_fixed_point(f, params, x, solver=Anderson())
-z_out, info = deq(lambda z: f(z, x), z0)       z, stats = deq_fixed_point(..., return_stats=True)
-f_max_iter=40, f_tol=1e-3                      Anderson(max_iter=40, tol=1e-3)
-f_solver="broyden" / "fixed_point_iter"        solver=Broyden() / Picard()
-stop_mode="abs"                                atol=..., next to tol; each sample stops by itself
-ift=True, b_solver, b_tol                      gradient=Implicit(solver=..., tol=...)
-grad=1 (phantom gradient of one step)          gradient=Phantom(steps=1, damping=1.0)
-n_states, indexing=[5, 10]                     sample_at=(5, 10)
-info["nstep"], info["rel_lowest"]              stats.iterations, stats.residual
-jac_reg(f(z), z)                               deq_jax.stability.jacobian_frobenius
-apply_norm(model, "weight_norm")               DEQ(cell, normalization=WeightNorm())
-reset_norm(model) in each step                 nothing: the layer computes the weights itself
+docs/from_torchdeq.md has each option of torchdeq beside ours.
 
 PyTorch's layers hold their parameters; here f is given them, `f(params, z, x)`, and what is
-differentiated is an ordinary argument. Below: a layer with fixed-point correction, which torchdeq
-does by `n_states`: losses at earlier states, weighted, beside the loss at the last one.
+differentiated is an ordinary argument. For fixed-point correction torchdeq has `n_states`: losses
+at earlier states, weighted, beside the loss at the last one.
 """
 
 import jax
