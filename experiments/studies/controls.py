@@ -193,7 +193,8 @@ def _timer(folder: pathlib.Path, row: dict[str, Any]) -> Callable[[], list[float
     optimizer = config.optim.optimizer(steps)
     step = make_train_step(config, run.model, optimizer, phase, None, dataset.white)
     batch = next(dataset.train_batches(config.batch_size, seed=config.seed, epoch=0))
-    step = step.lower(state, batch).compile()
+    limits = phase and phase.limits
+    step = step.lower(state, batch, limits).compile()
     row["parameters"] = count_parameters(run.model)
     row["memory"] = step.memory_analysis().temp_size_in_bytes
 
@@ -202,7 +203,7 @@ def _timer(folder: pathlib.Path, row: dict[str, Any]) -> Callable[[], list[float
         taken = []
         for _ in range(STEPS):
             started = time.perf_counter()
-            state, loss = step(state, batch)
+            state, loss = step(state, batch, limits)
             jax.block_until_ready((state, loss))
             taken.append(time.perf_counter() - started)
         return taken
