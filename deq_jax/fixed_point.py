@@ -356,6 +356,8 @@ def _solve_and_attach(
 ) -> Solution:
     if policies and differentiates_solver(policies[0]):
         policy: Any = policies[0]
+        if hasattr(policy, "solve"):  # the policy has a loop of its own
+            return policy.solve(f, z0, solver, sample_at, probe)
         solver = policy.limited(solver)
         check_samples(sample_at, solver)
         solution = solve(f, z0, solver, sample_at=sample_at, differentiable=True)
