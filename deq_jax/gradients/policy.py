@@ -14,7 +14,8 @@ class GradientPolicy(Protocol):
     """How a solution is differentiated; any object with these two methods serves.
 
     A policy that differentiates the solver's own loop sets `unrolled = True`. The solve is then
-    made of scans, by the solver that `solver(...)` returns.
+    made of scans, by the solver that `limited(solver)` returns. A policy that also has a method
+    `solve(f, z0, solver, sample_at, probe)`, as `Reversed` has, finds the solution itself.
     """
 
     def check(self, solver: Solver) -> None:

@@ -229,7 +229,7 @@ class _Carry:
     cotangent: PyTree  # λ_{n+1}
     partial: PyTree  # λ̃_n, the part of λ_n that comes from s_{n+2}
     total: list[Any]  # the cotangents of the variables of f
-    lost: jax.Array  # bool [B], a point was not finite
+    lost: jax.Array  # bool [B], a point was not finite or is missing
 
 
 @jax.custom_jvp
@@ -298,7 +298,10 @@ def _run_back(
         cotangent=nothing,
         partial=nothing,
         total=jax.tree.map(jnp.zeros_like, variables),
-        lost=record.last.steps < 0,
+        # A state that no step back will come to has no gradient, and the report says so.
+        lost=functools.reduce(
+            jnp.logical_or, [n > jnp.maximum(record.last.steps, 1) for n in record.numbers]
+        ),
     )
     end = lax.while_loop(lambda carry: tree.any_of(carry.points.steps > 0, mesh_axes), trip, start)
     return end.total, _report(record, value, end)

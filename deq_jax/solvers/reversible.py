@@ -150,10 +150,13 @@ class Reversible:
         """`(1 - β) s_{k-1} + β f(s_k)`.
 
         A sample that has stopped rests at another point than was proposed, or its f is not finite.
-        Its pair stays as it was, for the way back.
+        Its pair stays as it was, for the way back. (A compiler that computes f(z) again for each
+        use may round the proposal differently here and there; that is no rest.)
         """
+        resting = _near(z, rounded_state(state.before, z), 0)
         proposed = rounded_state(state.current, z)
-        moving = _is_at(z, proposed) & jnp.isfinite(tree.largest(fz))
+        moving = _near(z, proposed, 0) | (~resting & _near(z, proposed, 8))
+        moving &= jnp.isfinite(tree.largest(fz))
         following = [
             _advance(before, image, *self.factors(image.dtype))
             for before, image in zip(state.before, real_parts(fz), strict=True)
@@ -194,15 +197,14 @@ def rounded_state(parts: list[Expansion], like: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, [value.astype(leaf.dtype) for value, leaf in pairs])
 
 
-def _is_at(z: PyTree, proposed: PyTree) -> jax.Array:
-    """`[B]`: z is the point that was proposed, up to rounding."""
+def _near(z: PyTree, point: PyTree, ulps: int) -> jax.Array:
+    """`[B]`: z is the point, up to so many units of rounding of the largest entry."""
 
-    def far(z: jax.Array, proposed: jax.Array) -> jax.Array:
-        distance, size = tree.largest(z - proposed), tree.largest(proposed)
-        return (distance > 8 * float(jnp.finfo(z.dtype).eps) * size).astype(jnp.int32)
+    def far(z: jax.Array, point: jax.Array) -> jax.Array:
+        distance, size = tree.largest(z - point), tree.largest(point)
+        return (distance > ulps * float(jnp.finfo(z.dtype).eps) * size).astype(jnp.int32)
 
-    moved = jax.tree.leaves(jax.tree.map(far, z, proposed))
-    return jnp.stack(moved).max(0) == 0
+    return jnp.stack(jax.tree.leaves(jax.tree.map(far, z, point))).max(0) == 0
 
 
 @jax.custom_jvp

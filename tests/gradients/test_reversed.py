@@ -127,6 +127,21 @@ def compare(solver, **options):
     return stats
 
 
+def test_half_precision():
+    """Samples stop while the next point is within a few units of rounding of the last one."""
+    params, x, y = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), problem())
+    solver, probe = Reversible(0.8, tol=2e-2, max_iter=15), BackwardProbe.zeros(BATCH)
+    (*got, report), (z, stats) = gradient(params, x, y, probe, solver=solver, policy=Reversed())
+    assert z.dtype == jnp.bfloat16
+    assert (stats.iterations < 15).all()
+    assert len(set(stats.iterations.tolist())) > 1
+    np.testing.assert_array_equal(report.iterations, stats.iterations)
+    assert report.residual.max() < 1e-6
+    widened = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, x, y))
+    (*expected, _), _ = gradient(*widened, solver=solver, policy=Unrolled())
+    assert relative_error(got, expected) < 0.03
+
+
 @pytest.mark.usefixtures("x64")
 def test_each_sample_is_differentiated_where_it_stopped():
     stats = compare(Reversible(0.8, tol=3e-3, max_iter=30))
