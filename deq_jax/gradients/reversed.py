@@ -139,8 +139,9 @@ class _Isolated:
 
     The way back needs the very bits of f(z) that the way there had. Fused with other operations,
     the same product and sum may be rounded once or twice, and each use of f(z) may compute its last
-    operations anew. XLA's CPU compiler does not look into a branch; other compilers respect the
-    barriers. The condition is the same for all lanes of a `vmap`, so that it remains one.
+    operations anew. XLA's CPU compiler drops the barriers but does not look into a branch. The
+    condition is the same for all lanes of a `vmap`, so that it remains one. Elsewhere it is a
+    constant, and the barriers do it.
     """
 
     parts = ()
@@ -150,6 +151,7 @@ class _Isolated:
 
     def __call__(self, z: PyTree) -> PyTree:
         z, always = lax.optimization_barrier((z, jnp.bool_(True)))
+        always = lax.platform_dependent(always, cpu=lambda p: p, default=jnp.ones_like)
         return lax.optimization_barrier(lax.cond(always, self._body, lambda z: z, z))
 
     @property

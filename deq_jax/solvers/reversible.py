@@ -125,17 +125,18 @@ class Reversible:
         return self.components_needed(dtype, most=True)
 
     def components_needed(self, dtype: Any, most: bool) -> int:
-        """Floats for each entry, so that half the bits of a float are left after `max_iter` steps.
+        """Floats for each entry, so that some bits are left of it after `max_iter` steps.
 
         Args:
             dtype: of the floats.
-            most: for the fastest growth of an error where the norm of ∂f/∂z is at most 1, and not
-                for the slowest, which is that of ∂f/∂z = 0.
+            most: half the bits of a float are left at the fastest growth of an error where the norm
+                of ∂f/∂z is at most 1. If false, 8 bits are left at the slowest growth, which is
+                that of ∂f/∂z = 0.
         """
         kept = float(np.clip(1 - float(self.damping), 2.0**-11, 1))
         lost = self.max_iter * -math.log2(kept) * (1 if most else 0.5)
         bits = int(jnp.finfo(dtype).nmant) + 1
-        return math.ceil((lost + bits / 2) / bits)
+        return math.ceil((lost + (bits / 2 if most else 8)) / bits)
 
     def init(self, z: PyTree, fz: PyTree) -> ReversibleState:
         """s_0 = s_1 = z_0."""
