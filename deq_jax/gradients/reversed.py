@@ -267,7 +267,9 @@ def _run_back(
     def trip(carry: _Carry) -> _Carry:
         points = carry.points
         active = points.steps > 0
-        point = rounded_state(points.before, z0)
+        # s_1 is the start, which is known. It is often zero, where ReLU has a kink, and the
+        # derivative of f next to it would be another one.
+        point = tree.where(points.steps == 1, z0, rounded_state(points.before, z0))
         # s_{n-1} = (s_{n+1} - β f(s_n)) / (1 - β).
         image = body(point)
         earlier = solver.step_back(image, points)

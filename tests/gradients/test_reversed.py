@@ -127,6 +127,24 @@ def compare(solver, **options):
     return stats
 
 
+def test_the_start_is_exactly_where_it_was():
+    """At zero ReLU has the derivative 0, a rounding error away from it 1."""
+    params, x, y = single(problem())
+
+    def loss(w, b, policy):
+        def f(w, z, x):
+            return jax.nn.relu(z @ w + b) + x
+
+        options = {"solver": Reversible(0.8, tol=0.0, max_iter=8), "gradient": policy}
+        return jnp.vdot(y, deq_fixed_point(f, w, x, **options))
+
+    got, expected = (
+        jax.jit(jax.grad(functools.partial(loss, policy=policy), (0, 1)))(params["W"], 0 * x[0])
+        for policy in (Reversed(), Unrolled())
+    )
+    assert relative_error(got, expected) < 1e-6
+
+
 def test_half_precision():
     """Samples stop while the next point is within a few units of rounding of the last one."""
     params, x, y = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), problem())
