@@ -75,7 +75,8 @@ class Chandrupatla:
     not one of that system. `Unrolled()` is of no use: bisection has no derivative.
 
     Attributes:
-        lower: lower end, a number or one for each sample, `[B]`.
+        lower: lower end, a number or one for each sample, `[B]`. An `Execution` that splits or
+            shrinks the batch takes a number only.
         upper: upper end, likewise, above `lower`.
         tol: bound on the relative residual.
         max_iter: most evaluations of f.
@@ -144,7 +145,8 @@ class Chandrupatla:
             if end.shape not in ((), zeros.shape):
                 raise ValueError(
                     f"Chandrupatla.{name} must be a number or of shape {zeros.shape}, one for each "
-                    f"sample; got shape {end.shape}"
+                    f"sample; got shape {end.shape}. Where Execution(shrink_to=..., "
+                    "shard_axis=...) takes the batch apart, it must be a number"
                 )
             ends.append(zeros + end)
         point = zeros, zeros
