@@ -303,8 +303,9 @@ class TrainingConfig(Settings):
             ),
             (
                 self.shrink_to is None or not unrolls,
-                "--shrink-to must be left out where a loop is unrolled, by gradient:unrolled, gradient:reversed or "
-                f"--stability.pretrain-steps, got {self.shrink_to}",
+                "--shrink-to must be left out where a loop is differentiated, by "
+                "gradient:unrolled, gradient:reversed or --stability.pretrain-steps, got "
+                f"{self.shrink_to}",
             ),
             *(
                 (
