@@ -13,17 +13,24 @@ from deq_jax.gradients.neumann import Neumann as Neumann
 from deq_jax.gradients.one_step import OneStep as OneStep
 from deq_jax.gradients.phantom import Phantom as Phantom
 from deq_jax.gradients.policy import GradientPolicy as GradientPolicy
+from deq_jax.gradients.reversed import Reversed as Reversed
 from deq_jax.gradients.truncated import Truncated as Truncated
 from deq_jax.gradients.unrolled import Unrolled as Unrolled
 from deq_jax.linear.bicgstab import BiCGStab as BiCGStab
 from deq_jax.linear.gmres import GMRES as GMRES
 from deq_jax.linear.krylov import LinearSolver as LinearSolver
+from deq_jax.multi_start import MultiStart as MultiStart
+from deq_jax.multi_start import multi_start as multi_start
 from deq_jax.root import deq_root as deq_root
 from deq_jax.solve import Solver as Solver
 from deq_jax.solvers.anderson import Anderson as Anderson
 from deq_jax.solvers.broyden import Broyden as Broyden
+from deq_jax.solvers.chandrupatla import Chandrupatla as Chandrupatla
 from deq_jax.solvers.newton_krylov import NewtonKrylov as NewtonKrylov
 from deq_jax.solvers.picard import Picard as Picard
+from deq_jax.solvers.reversible import Reversible as Reversible
+from deq_jax.solvers.squarem import SQUAREM as SQUAREM
+from deq_jax.solvers.wegstein import Wegstein as Wegstein
 from deq_jax.stability.diagnosis import Finding as Finding
 from deq_jax.stability.diagnosis import diagnose as diagnose
 from deq_jax.stats import BackwardProbe as BackwardProbe
@@ -36,33 +43,40 @@ __version__ = "0.2.0"
 # Without it a star import would bring `nnx` and `linen`, the submodules, in the place of Flax's.
 __all__ = [
     "GMRES",
+    "SQUAREM",
     "Anderson",
     "BackwardProbe",
     "BiCGStab",
     "Broyden",
+    "Chandrupatla",
     "Control",
     "Execution",
     "Finding",
     "GradientPolicy",
     "Implicit",
     "LinearSolver",
+    "MultiStart",
     "Neumann",
     "NewtonKrylov",
     "OneStep",
     "Phantom",
     "Picard",
+    "Reversed",
+    "Reversible",
     "Solution",
     "SolveStats",
     "Solver",
     "Status",
     "Truncated",
     "Unrolled",
+    "Wegstein",
     "__version__",
     "attach_gradient",
     "deq_fixed_point",
     "deq_root",
     "diagnose",
     "implicit",
+    "multi_start",
     "solve_adjoint",
     "solve_fixed_point",
     "stepping",

@@ -76,7 +76,9 @@ class Implicit:
 
     def backward_solver(self, forward: Solver) -> Solver | LinearSolver:
         """The solver of the linear system when `forward` solved the equation."""
-        solver = forward if self.solver is None else self.solver
+        # A solver that is unfit for linear systems names another one.
+        fit = getattr(forward, "adjoint_solver", forward)
+        solver = fit if self.solver is None else self.solver
         limits = {"tol": self.tol, "max_iter": self.max_iter}
         changes = {name: value for name, value in limits.items() if value is not None}
         if not changes:

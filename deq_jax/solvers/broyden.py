@@ -114,6 +114,11 @@ class Broyden:
         max_iter: most evaluations of f.
         atol: bound on the absolute residual; 0 leaves it out.
         trace: keep the residual of every evaluation.
+        bound: bound on what counts of B: a step is at most `bound · ‖g‖` long, along the same
+            direction. If f contracts by a factor L < 1, a solution is at most `‖g‖ / (1 - L)` away,
+            so that `1 / (1 - L)` shortens no step that is right. It helps where the estimate goes
+            astray: far from a solution, and where the slope of g nearly vanishes. None leaves it
+            out.
 
     Raises:
         ValueError, TypeError: a field is out of its range or no number; the message names it.
@@ -126,6 +131,7 @@ class Broyden:
     max_iter: int = 50
     atol: Real = 0.0
     trace: bool = False
+    bound: Real | None = None
 
     scale_free: ClassVar[bool] = True
 
@@ -133,6 +139,8 @@ class Broyden:
         if self.memory is not None:
             checks.check_count(self, "memory")
         checks.check_number(self, "step_size", above=0.0)
+        if self.bound is not None:
+            checks.check_number(self, "bound", above=0.0)
         checks.check_flag(self, "line_search")
         checks.check_stopping(self)
 
@@ -205,7 +213,7 @@ class Broyden:
         # The next step -s B g from here, or half of the last one from the old base.
         base = tree.where(rejected, state.base, point)
         direction = tree.where(rejected, state.direction, direction)
-        length = jnp.where(rejected, state.length / 2, jnp.asarray(self.step_size, size.dtype))
+        length = jnp.where(rejected, state.length / 2, self._full_length(direction, size))
         proposal = tree.unpack(base + tree.scale(length, direction), z)
         return proposal, BroydenState(
             inverse=inverse,
@@ -217,6 +225,15 @@ class Broyden:
             lowest=jnp.minimum(state.lowest, size),
             slot=(slot + 1) % filled.shape[1],
         )
+
+    def _full_length(self, direction: jax.Array, size: jax.Array) -> jax.Array:
+        """`[B]`: s, or less where `s ‖B g‖` is more than the bound times `‖g‖`."""
+        full = jnp.full_like(size, jnp.asarray(self.step_size, size.dtype))
+        if self.bound is None:
+            return full
+        most = checks.in_dtype(self.bound, size.dtype) * size
+        step = tree.norm(lax.stop_gradient(direction))
+        return jnp.minimum(full, jnp.where(step > 0, most / jnp.where(step > 0, step, 1), full))
 
     def _rejected(self, size: jax.Array, state: BroydenState) -> jax.Array:
         """`[B]`: the step was too long and is to be halved."""

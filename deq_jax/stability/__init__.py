@@ -18,7 +18,10 @@ from deq_jax.stability.initial import mixed_initial as mixed_initial
 from deq_jax.stability.initial import one_application as one_application
 from deq_jax.stability.initial import warm_start as warm_start
 from deq_jax.stability.jacobian import JacobianRegularization as JacobianRegularization
+from deq_jax.stability.jacobian import denoising_energy as denoising_energy
 from deq_jax.stability.jacobian import jacobian_frobenius as jacobian_frobenius
+from deq_jax.stability.jacobian import jacobian_spectral_norm as jacobian_spectral_norm
+from deq_jax.stability.jacobian import jacobian_trace as jacobian_trace
 from deq_jax.stability.normalization import Normalization as Normalization
 from deq_jax.stability.normalization import SpectralNorm as SpectralNorm
 from deq_jax.stability.normalization import WeightNorm as WeightNorm

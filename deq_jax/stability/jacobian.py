@@ -1,7 +1,8 @@
-"""The size of the cell's Jacobian `J = ∂f/∂z`: its Frobenius norm as a regulariser.
+"""The size of the cell's Jacobian `J = ∂f/∂z`: norms of it as regularisers.
 
 A sample's solver converges fast where J is small, and training makes J grow. A penalty on its
-Frobenius norm keeps equilibria cheap to find, at a cost in accuracy that is small or none.
+Frobenius norm keeps equilibria cheap to find, at a cost in accuracy that is small or none. The
+spectral norm, the trace and the denoising energy are other measures of the same thing.
 
 Source: Bai, Koltun and Kolter, "Stabilizing equilibrium models by Jacobian regularization", 2021,
 arXiv 2106.14342.
@@ -66,11 +67,201 @@ def jacobian_frobenius(
         (product,) = pullback(random_signs(key, start))
         return tree.dot(product, product)
 
-    if samples == 1:
-        total = estimate(key)
-    else:
-        total = lax.map(estimate, jax.random.split(key, samples)).mean(0)
+    total = _mean_over(estimate, key, samples)
     return total if batched else total[0]
+
+
+def jacobian_spectral_norm(
+    f: Cell,
+    params: PyTree,
+    z: PyTree,
+    x: PyTree,
+    key: jax.Array,
+    iterations: int = 10,
+    *,
+    batched: bool = True,
+) -> jax.Array:
+    """The spectral norm `‖J‖₂ = max ‖J v‖ / ‖v‖` of `J = ∂f/∂z` of each sample, from below.
+
+    Power iteration on Jᵀ J, from a random v, for each sample:
+
+        u <- J v / ‖J v‖,   v <- Jᵀ u / ‖Jᵀ u‖,     and in the end   ‖J‖₂ ≈ ‖Jᵀ u‖.
+
+    Below 1, plain iteration contracts near z, whatever the eigenvectors of J are. A squared
+    singular value that is a factor r smaller than the largest one fades as r to the power of
+    2 `iterations`. The result is the norm in the direction u and so at most `‖J‖₂`.
+
+    z, u and v are taken as constants. The gradient by params and x is that of `uᵀ J v`, which is
+    the gradient of `‖J‖₂` where u and v have converged and the largest singular value is single.
+
+    Args:
+        f: as for `deq_fixed_point`.
+        params: likewise.
+        z: where J is taken, usually the solution; leaves `[B, ...]`.
+        x: as for `deq_fixed_point`.
+        key: random key, for the first v.
+        iterations: products with Jᵀ J, at least 1; two products each.
+        batched: as for `deq_fixed_point`. For f that treats samples independently; where f mixes
+            them, use `batched=False`.
+
+    Returns:
+        `[B]` in float32 or wider; a scalar with `batched=False`.
+
+    Raises:
+        ValueError, TypeError: as for `deq_fixed_point`; `iterations` is not a positive integer.
+
+    Source: Miyato et al., "Spectral normalization for generative adversarial networks", 2018, for
+    the gradient; the iteration is the usual one.
+    """
+    checks.check_positive_integer("iterations", iterations)
+    constant, start = point_of(f, *lax.stop_gradient((params, z, x)), batched)
+    _, pullback = jax.vjp(constant, start)
+
+    def transposed(u: PyTree) -> PyTree:
+        # The adjoint with respect to `tree.dot`, in which a complex state is a real vector.
+        (product,) = pullback(jax.tree.map(jnp.conj, u))
+        return jax.tree.map(jnp.conj, product)
+
+    push = jax.linear_transpose(lambda u: pullback(u)[0], start)
+
+    def unit(v: PyTree) -> PyTree:
+        size = tree.safe_norm(v)
+        return tree.scale(jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0), v)
+
+    def body(_: Any, u: PyTree) -> PyTree:
+        return unit(push(unit(transposed(u)))[0])
+
+    u = unit(push(unit(random_normal(key, start)))[0])
+    u = lax.stop_gradient(lax.fori_loop(0, iterations - 1, body, u))
+
+    # ‖Jᵀ u‖ once more, by the function that has a gradient.
+    g, start = point_of(f, params, z, x, batched)
+    _, pullback = jax.vjp(g, start)
+    (product,) = pullback(jax.tree.map(jnp.conj, u))
+    square = tree.dot(product, product)
+    norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    return norm if batched else norm[0]
+
+
+def jacobian_trace(
+    f: Cell,
+    params: PyTree,
+    z: PyTree,
+    x: PyTree,
+    key: jax.Array,
+    samples: int = 1,
+    *,
+    batched: bool = True,
+) -> jax.Array:
+    """An unbiased estimate of `tr J`, the sum of the eigenvalues of `J = ∂f/∂z` of each sample.
+
+    Hutchinson's estimate: `tr J = E vᵀ J v` over random signs v, by one transposed product for each
+    v. Its variance is that of the part of J off its diagonal, `‖J + Jᵀ‖² / 2` without the diagonal,
+    and does not vanish where the trace does.
+
+    The trace says where the eigenvalues are on average. As a penalty it moves them to the left,
+    away from 1, where I - J is singular, and it does not keep them small: bound it below, or take
+    `jacobian_frobenius` for that. z is taken as a constant, as there.
+
+    Args:
+        f: as for `deq_fixed_point`.
+        params: likewise.
+        z: where J is taken, usually the solution; leaves `[B, ...]`.
+        x: as for `deq_fixed_point`.
+        key: random key.
+        samples: number of v. Their products are computed one after another.
+        batched: as for `deq_fixed_point`.
+
+    Returns:
+        `[B]` in float32 or wider; a scalar with `batched=False`. A complex state counts as a vector
+        of its real and imaginary parts.
+
+    Raises:
+        ValueError, TypeError: as for `deq_fixed_point`; `samples` is not a positive integer.
+
+    Source: Hutchinson, "A stochastic estimator of the trace of the influence matrix for Laplacian
+    smoothing splines", 1989.
+    """
+    checks.check_positive_integer("samples", samples)
+    g, start = point_of(f, params, z, x, batched)
+    _, pullback = jax.vjp(g, start)
+
+    def estimate(key: jax.Array) -> jax.Array:
+        v = random_signs(key, start)
+        (product,) = pullback(jax.tree.map(jnp.conj, v))
+        return tree.dot(jax.tree.map(jnp.conj, product), v)
+
+    total = _mean_over(estimate, key, samples)
+    return total if batched else total[0]
+
+
+def denoising_energy(
+    f: Cell,
+    params: PyTree,
+    z: PyTree,
+    x: PyTree,
+    key: jax.Array,
+    scale: float = 0.1,
+    samples: int = 1,
+    *,
+    batched: bool = True,
+) -> jax.Array:
+    """How far f is from bringing a disturbed equilibrium back in one step, for each sample.
+
+    The energy is
+
+        E ‖f(params, z + σ ε, x) - z‖²     over normal ε, with σ = `scale`.
+
+    At an equilibrium z and for small σ it is `σ² ‖J‖²` with the Frobenius norm of J = ∂f/∂z, up to
+    terms in σ⁴. For a larger σ it also sees f at that distance from z, where J says nothing. It
+    takes evaluations only, and its gradient only first derivatives of f: it is the cheapest penalty
+    in this file. If z does not solve the equation, `‖f(z) - z‖²` is part of it.
+
+    z is taken as a constant: the penalty draws f(z + σ ε) to z and not z to it.
+
+    Args:
+        f: as for `deq_fixed_point`.
+        params: likewise.
+        z: the solution; leaves `[B, ...]`.
+        x: as for `deq_fixed_point`.
+        key: random key.
+        scale: σ > 0, in units of z.
+        samples: number of ε. They are evaluated one after another.
+        batched: as for `deq_fixed_point`.
+
+    Returns:
+        `[B]` in float32 or wider; a scalar with `batched=False`. Divide by the number of entries of
+        a sample's state to compare states of different size.
+
+    Raises:
+        ValueError, TypeError: as for `deq_fixed_point`; `samples` is not a positive integer, or
+            `scale` not a positive number.
+
+    Source: the denoising energy of Perschewski and Stober, 2025,
+    doi 10.1016/j.procs.2025.07.136, without its division by the number of entries. The formula was
+    derived from the idea and from its use in other libraries, not taken from the paper.
+    """
+    checks.check_positive_integer("samples", samples)
+    if not isinstance(scale, jax.Array) and not scale > 0:
+        raise ValueError(f"scale must be above 0, got {scale!r}")
+    g, start = point_of(f, params, z, x, batched)
+
+    def estimate(key: jax.Array) -> jax.Array:
+        noise = tree.scale(scale, random_normal(key, start))
+        error = tree.subtract(g(tree.add(start, noise)), start)
+        return tree.dot(error, error)
+
+    total = _mean_over(estimate, key, samples)
+    return total if batched else total[0]
+
+
+def _mean_over(
+    estimate: Callable[[jax.Array], jax.Array], key: jax.Array, samples: int
+) -> jax.Array:
+    """The mean of the estimates for `samples` keys, one after another."""
+    if samples == 1:
+        return estimate(key)
+    return lax.map(estimate, jax.random.split(key, samples)).mean(0)
 
 
 def point_of(
@@ -91,17 +282,26 @@ def point_of(
 
 def random_signs(key: jax.Array, like: PyTree) -> PyTree:
     """Independent entries 1 or -1 (real and imaginary parts each), shaped like `like`."""
+    return _random(jax.random.rademacher, key, like)
+
+
+def random_normal(key: jax.Array, like: PyTree) -> PyTree:
+    """Independent entries N(0, 1) (real and imaginary parts each), shaped like `like`."""
+    return _random(jax.random.normal, key, like)
+
+
+def _random(draw: Callable[..., jax.Array], key: jax.Array, like: PyTree) -> PyTree:
     leaves, structure = jax.tree.flatten(like)
 
-    def signs(key: jax.Array, leaf: jax.Array) -> jax.Array:
+    def of_leaf(key: jax.Array, leaf: jax.Array) -> jax.Array:
         if not jnp.iscomplexobj(leaf):
-            return jax.random.rademacher(key, leaf.shape, leaf.dtype)
+            return draw(key, leaf.shape, leaf.dtype)
         dtype = jnp.finfo(leaf.dtype).dtype
-        parts = jax.random.rademacher(key, (2, *leaf.shape), dtype)
+        parts = draw(key, (2, *leaf.shape), dtype)
         return lax.complex(parts[0], parts[1])
 
     keys = jax.random.split(key, len(leaves))
-    drawn = [signs(key, leaf) for key, leaf in zip(keys, leaves, strict=True)]
+    drawn = [of_leaf(key, leaf) for key, leaf in zip(keys, leaves, strict=True)]
     return tree.vary_over(jax.tree.unflatten(structure, drawn), tree.varying_axes(like))
 
 

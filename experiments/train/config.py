@@ -20,6 +20,7 @@ from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from deq_jax import (
     GMRES,
+    SQUAREM,
     Anderson,
     BiCGStab,
     Broyden,
@@ -31,7 +32,10 @@ from deq_jax import (
     OneStep,
     Phantom,
     Picard,
+    Reversed,
+    Reversible,
     Unrolled,
+    Wegstein,
 )
 from deq_jax.stability import JacobianRegularization, SpectralNorm, WeightNorm
 from experiments.train.errors import UsageError
@@ -103,6 +107,9 @@ SolverChoice = (
     | choice("picard", Picard(**_LIMITS))
     | choice("broyden", Broyden(**_LIMITS))
     | choice("newton", NewtonKrylov(**_LIMITS))
+    | choice("squarem", SQUAREM(**_LIMITS))
+    | choice("wegstein", Wegstein(**_LIMITS))
+    | choice("reversible", Reversible(**_LIMITS))
 )
 GradientChoice = (
     choice("implicit", Implicit())
@@ -110,6 +117,7 @@ GradientChoice = (
     | choice("neumann", Neumann())
     | choice("phantom", Phantom())
     | choice("unrolled", Unrolled())
+    | choice("reversed", Reversed())
 )
 BackwardChoice = (
     choice("same", None)
@@ -271,7 +279,7 @@ class TrainingConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         tools, most = self.stability or Stability(), self.solver.max_iter
-        unrolls = isinstance(self.gradient, Unrolled) or tools.pretrain_steps > 0
+        unrolls = isinstance(self.gradient, Unrolled | Reversed) or tools.pretrain_steps > 0
         budget = most - tools.budget_drop
         rules = [
             (
@@ -295,8 +303,9 @@ class TrainingConfig(Settings):
             ),
             (
                 self.shrink_to is None or not unrolls,
-                "--shrink-to must be left out where a loop is unrolled, by gradient:unrolled or "
-                f"--stability.pretrain-steps, got {self.shrink_to}",
+                "--shrink-to must be left out where a loop is differentiated, by "
+                "gradient:unrolled, gradient:reversed or --stability.pretrain-steps, got "
+                f"{self.shrink_to}",
             ),
             *(
                 (

@@ -9,6 +9,7 @@ import pytest
 
 from deq_jax import (
     GMRES,
+    SQUAREM,
     Anderson,
     BiCGStab,
     Broyden,
@@ -19,7 +20,10 @@ from deq_jax import (
     OneStep,
     Phantom,
     Picard,
+    Reversed,
+    Reversible,
     Unrolled,
+    Wegstein,
 )
 from deq_jax.stability import JacobianRegularization, SpectralNorm
 from experiments import copy_memory, image_classification, language_model
@@ -36,6 +40,9 @@ CHOICES = {
     ("solver:picard", "--solver.damping=0.7"): ("solver", Picard(0.7, **LIMITS)),
     ("solver:broyden", "--seed=0", "--solver.memory=7"): ("solver", Broyden(memory=7, **LIMITS)),
     ("solver:newton",): ("solver", NewtonKrylov(**LIMITS)),
+    ("solver:squarem",): ("solver", SQUAREM(**LIMITS)),
+    ("solver:wegstein", "--solver.upper=0"): ("solver", Wegstein(upper=0.0, **LIMITS)),
+    ("solver:reversible", "--solver.damping=0.8"): ("solver", Reversible(0.8, **LIMITS)),
     ("gradient:implicit", "--gradient.tol=0.3"): ("gradient", Implicit(tol=0.3)),
     ("gradient:one-step",): ("gradient", OneStep()),
     ("gradient:neumann", "--gradient.terms=3"): ("gradient", Neumann(3)),
@@ -51,6 +58,11 @@ CHOICES = {
         Stability(jacobian=JacobianRegularization(0.2), normalization=SpectralNorm()),
     ),
 }
+
+
+def test_reversed_goes_with_its_solver():
+    config = parse_arguments(("solver:reversible", "gradient:reversed"))
+    assert (config.solver, config.gradient) == (Reversible(**LIMITS), Reversed())
 
 
 @pytest.mark.parametrize("words", CHOICES)

@@ -6,10 +6,17 @@ import re
 import pytest
 
 from experiments.benchmark import page as benchmark
-from experiments.studies import accuracy, controls, convergence, memory, regularization
+from experiments.studies import (
+    accuracy,
+    controls,
+    convergence,
+    memory,
+    regularization,
+    reversible,
+)
 from experiments.studies.tables import DOCS, ROOT, Study, as_json
 
-_MODULES = (accuracy, controls, convergence, memory, regularization, benchmark)
+_MODULES = (accuracy, controls, convergence, memory, regularization, reversible, benchmark)
 STUDIES = {module.STUDY.name: module.STUDY for module in _MODULES}
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 

@@ -99,7 +99,10 @@ def test_states_along_the_way_are_spaced_and_differentiated_cheaply():
         (["correction-states=13"], "--stability.correction-states must be at most"),
         (["first-tol=0.001"], "--stability.first-tol must be at least --solver.tol, which is"),
         (["pretrain-steps=-1"], "--stability.pretrain-steps must be at least 0, got -1"),
-        (["pretrain-steps=3", "shrink"], "--shrink-to must be left out where a loop is unrolled"),
+        (
+            ["pretrain-steps=3", "shrink"],
+            "--shrink-to must be left out where a loop is differentiated",
+        ),
     ],
     ids=str,
 )

@@ -16,6 +16,8 @@ from deq_jax import (
     OneStep,
     Phantom,
     Picard,
+    Reversed,
+    Reversible,
     Unrolled,
     deq_fixed_point,
 )
@@ -56,6 +58,12 @@ CONSTANT = {
 def test_memory_does_not_depend_on_the_iterations(name):
     few, many = (temporary_bytes(*CONSTANT[name](n)) for n in (5, 40))
     assert few > 8 * 512 * 4  # more than one state: it is measured
+    assert abs(many - few) <= 0.02 * few
+
+
+def test_memory_of_reversed_does_not_depend_on_the_iterations():
+    few, many = (temporary_bytes(Reversible(components=2, max_iter=n), Reversed()) for n in (4, 64))
+    # 64 evaluations need their residuals in addition, [64, 8].
     assert abs(many - few) <= 0.02 * few
 
 

@@ -441,3 +441,29 @@ def test_bad_options_are_named(change, error):
     assert error in str(raised.value)
     with pytest.raises((ValueError, TypeError)):
         dataclasses.replace(Broyden(), **change)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_bound_holds_steps_that_would_leave_the_solution_behind():
+    """tanh is nearly flat far out: from there the secant leads ever further away."""
+
+    def f(_, z, x):
+        return z - jnp.tanh(z - x)
+
+    z0 = jnp.linspace(0.5, 60, 24)[:, None]
+    x, limits = 0 * z0, {"tol": 1e-14, "atol": 1e-9, "max_iter": 60}
+    free = solve_fixed_point(f, None, x, z0, solver=Broyden(**limits)).stats
+    assert (~free.converged).sum() > 5
+    held = solve_fixed_point(f, None, x, z0, solver=Broyden(bound=3.0, **limits))
+    np.testing.assert_array_equal(held.stats.status, Status.CONVERGED)
+    np.testing.assert_allclose(held.value, 0, atol=1e-8)
+    # The first step is Picard's, the next ones as long as the bound allows.
+    solver, z, lengths = Broyden(bound=3.0), z0[6:7], []
+    state = solver.init(z, z)
+    for _ in range(4):
+        before, g = z, f(None, z, x[:1]) - z
+        z, state = solver.step(z, f(None, z, x[:1]), state)
+        lengths.append(abs(float((z - before)[0, 0] / g[0, 0])))
+    assert lengths == pytest.approx([1, 3, 3, 3])
+    with pytest.raises(ValueError, match=r"Broyden.bound must be finite, > 0"):
+        Broyden(bound=0.0)

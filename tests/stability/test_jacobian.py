@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deq_jax.stability import JacobianRegularization, jacobian, jacobian_frobenius
+from deq_jax.stability import (
+    JacobianRegularization,
+    denoising_energy,
+    jacobian,
+    jacobian_frobenius,
+    jacobian_spectral_norm,
+    jacobian_trace,
+)
 
 KEY = jax.random.key(0)
 
@@ -182,3 +189,122 @@ def test_bad_arguments():
         jacobian_frobenius(lambda p, z, x: z, None, z, z, KEY, 0)
     with pytest.raises(ValueError, match="shapes of z"):
         jacobian_frobenius(lambda p, z, x: z[:, :1], None, z, z, KEY)
+
+
+def dense_jacobians(params, z, x):
+    """∂f/∂z of each sample, `[B, D, D]`, by the columns."""
+
+    def of_sample(z, x):
+        leaves, structure = jax.tree.flatten(z)
+
+        def f(flat):
+            parts = [flat[:5], flat[5:].reshape(2, 2)]
+            fz = cell(params, jax.tree.map(lambda a: a[None], structure.unflatten(parts)), x[None])
+            return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(fz)])
+
+        return jax.jacfwd(f)(jnp.concatenate([leaf.ravel() for leaf in leaves]))
+
+    return np.asarray(jax.jit(jax.vmap(of_sample))(z, x))
+
+
+def test_the_spectral_norm_is_the_largest_singular_value(x64):
+    params, z, x = problem()
+    expected = np.linalg.norm(dense_jacobians(params, z, x), 2, axis=(1, 2))
+    norm = jax.jit(jacobian_spectral_norm, static_argnums=(0, 5))
+    got = norm(cell, params, z, x, KEY, 200)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    early = norm(cell, params, z, x, KEY, 1)
+    assert (early < expected).all()
+    assert (early > 0.2 * expected).all()
+
+
+def test_the_gradient_of_the_spectral_norm(x64):
+    """Against finite differences of the dense singular value, at a constant state."""
+    rng = np.random.default_rng(1)
+    weights, x, z = (rng.normal(size=shape) for shape in ((4, 4), (2, 4), (2, 4)))
+
+    def f(weights, z, x):
+        return jnp.tanh(z @ weights + x)
+
+    def exact(weights):
+        slopes = 1 - np.tanh(z @ weights + x) ** 2
+        return np.linalg.norm(slopes[:, None, :] * weights, 2, axis=(1, 2)).sum()
+
+    def estimate(weights):
+        return jacobian_spectral_norm(f, weights, z, jnp.asarray(x), KEY, 300).sum()
+
+    got, direction = jax.jit(jax.grad(estimate))(weights), rng.normal(size=(4, 4))
+    difference = (exact(weights + 1e-6 * direction) - exact(weights - 1e-6 * direction)) / 2e-6
+    np.testing.assert_allclose((got * direction).sum(), difference, rtol=1e-5)
+
+
+def test_the_spectral_norm_of_zero_and_of_a_complex_map():
+    z = jnp.ones((2, 3), jnp.complex64)
+    # f(z) = a z + b conj(z) stretches by |a| + |b| in one direction of each plane.
+    f = lambda p, z, x: p * z + 2j * jnp.conj(z)  # noqa: E731
+    got = jacobian_spectral_norm(f, jnp.complex64(3 + 4j), z, z, KEY, 20)
+    np.testing.assert_allclose(got, [7.0, 7.0], rtol=1e-5)
+
+    def zero(p):
+        return jacobian_spectral_norm(lambda p, z, x: p * 0 * z, p, z, z, KEY).sum()
+
+    value, gradient = jax.value_and_grad(zero)(jnp.complex64(1))
+    assert (value, gradient) == (0, 0)
+
+
+def test_the_trace(x64):
+    params, z, x = problem()
+    expected = np.trace(dense_jacobians(params, z, x), axis1=1, axis2=2)
+    got = jax.jit(lambda: jacobian_trace(cell, params, z, x, KEY, 4096))()
+    np.testing.assert_allclose(got, expected, atol=0.2)
+    whole = jacobian_trace(cell, params, z, x, KEY, 2, batched=False)
+    assert whole.shape == ()
+    # A diagonal Jacobian makes each estimate exact, its gradient too.
+    z = z["a"]
+
+    def trace(p):
+        return jacobian_trace(lambda p, z, x: jnp.sin(p * z) + x, p, z, z, KEY).sum()
+
+    value, gradient = jax.value_and_grad(trace)(2.0)
+    np.testing.assert_allclose(value, (2 * np.cos(2 * z)).sum(), rtol=1e-12)
+    expected = (np.cos(2 * z) - 2 * z * np.sin(2 * z)).sum()
+    np.testing.assert_allclose(gradient, expected, rtol=1e-10)
+
+
+def test_the_denoising_energy(x64):
+    """Of a linear map it is `σ² ‖J‖²` about an equilibrium; elsewhere the residual comes on top."""
+    rng = np.random.default_rng(0)
+    matrix, z = rng.normal(size=(4, 4)), rng.normal(size=(3, 4))
+    x = z - z @ matrix  # so that z = z @ matrix + x
+    energy = jax.jit(
+        lambda x, scale: denoising_energy(
+            lambda w, z, x: z @ w + x, jnp.asarray(matrix), z, x, KEY, scale, 4096
+        )
+    )
+    for scale in (0.1, 2.0):
+        expected = scale**2 * (matrix**2).sum()
+        np.testing.assert_allclose(energy(x, scale), [expected] * 3, rtol=0.05)
+    away = energy(x + 1.0, 0.5)
+    np.testing.assert_allclose(away, [0.25 * (matrix**2).sum() + 4] * 3, rtol=0.05)
+    # One sample is the formula; z is a constant.
+    noise = jacobian.random_normal(KEY, jnp.asarray(z))
+
+    def one(z, p):
+        return denoising_energy(lambda p, z, x: jnp.sin(p * z), p, z, x, KEY, 0.3).sum()
+
+    by_z, by_p = jax.grad(one, (0, 1))(jnp.asarray(z), 1.5)
+    np.testing.assert_array_equal(by_z, 0)
+    moved = z + 0.3 * noise
+    expected = (2 * (np.sin(1.5 * moved) - z) * np.cos(1.5 * moved) * moved).sum()
+    np.testing.assert_allclose(by_p, expected, rtol=1e-10)
+
+
+def test_bad_arguments_of_the_other_measures():
+    z = jnp.ones((3, 5))
+    arguments = (lambda p, z, x: z, None, z, z, KEY)
+    with pytest.raises(ValueError, match="iterations must be at least 1"):
+        jacobian_spectral_norm(*arguments, 0)
+    with pytest.raises(TypeError, match="samples must be an integer"):
+        jacobian_trace(*arguments, 1.5)
+    with pytest.raises(ValueError, match="scale must be above 0"):
+        denoising_energy(*arguments, 0.0)

@@ -1,0 +1,63 @@
+"""Sums of floats against exact fractions."""
+
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deq_jax import expansions
+
+SIZE = 50
+
+
+def exact(terms):
+    """The sum of the terms, entry by entry."""
+    return [sum(map(Fraction, map(float, entry))) for entry in zip(*terms, strict=True)]
+
+
+def drawn(dtype, components):
+    """Numbers whose components have all their bits, of sizes from 1e-3 to 1e3, and others."""
+    rng = np.random.default_rng(0)
+    eps = float(np.finfo(dtype).eps)
+    size = 10 ** rng.uniform(-3, 3, SIZE)
+    a = [jnp.asarray(size * rng.normal(size=SIZE) * (eps / 4) ** i, dtype) for i in range(3)]
+    return a[:components], jnp.asarray(size * rng.normal(size=SIZE), dtype)
+
+
+@pytest.mark.parametrize(("dtype", "count"), [("float32", 1), ("float32", 3), ("float64", 2)])
+@pytest.mark.parametrize("beta", [1638 / 2048, 1 / 2048])
+def test_a_step_and_the_step_back(dtype, count, beta, x64):
+    kept = 1 - beta
+    a, b = drawn(dtype, count)
+    factors = jnp.asarray(beta, dtype), jnp.asarray(kept, dtype)
+
+    @jax.jit
+    def there_and_back(a, b):
+        terms = expansions.products(factors[1], a) + expansions.products(factors[0], [b])
+        there = expansions.rounded(terms, count)
+        minus = expansions.products(-factors[0], [b])
+        return there, expansions.quotient([*there, *minus], factors[1], count)
+
+    there, back = there_and_back(a, b)
+    unit = float(np.finfo(dtype).eps) ** count
+    before, image = exact(a), exact([b])
+    for i, (got, returned) in enumerate(zip(exact(there), exact(back), strict=True)):
+        expected = Fraction(kept) * before[i] + Fraction(beta) * image[i]
+        size = max(abs(before[i]), abs(image[i]))
+        assert abs(got - expected) <= 8 * unit * size
+        assert abs(returned - before[i]) <= 8 * unit * size / Fraction(kept)
+        # The first component is the whole, rounded.
+        assert there[0][i] == np.asarray(float(got), dtype) or dtype == "float64"
+
+
+def test_halves_are_exact_and_short(x64):
+    for dtype, bits in (("float32", 12), ("float64", 27)):
+        a = drawn(dtype, 1)[0][0]
+        upper, lower = expansions.halves(a)
+        np.testing.assert_array_equal(exact([upper, lower]), exact([a]))
+        for half in (upper, lower):
+            mantissa = np.frexp(np.asarray(half, np.float64))[0] * 2**bits
+            np.testing.assert_array_equal(mantissa, np.round(mantissa))
+    np.testing.assert_array_equal(expansions.halves(jnp.float32([np.inf, 0]))[1], 0)
