@@ -70,8 +70,8 @@ FAULTS = [
     Fault(
         "Broyden's line search takes a third of the step and not half",
         "solvers/broyden.py",
-        "state.length / 2, jnp.asarray(self.step_size",
-        "state.length / 3, jnp.asarray(self.step_size",
+        "state.length / 2, self._full_length",
+        "state.length / 3, self._full_length",
         "solvers/test_broyden.py",
     ),
     Fault(
