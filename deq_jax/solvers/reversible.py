@@ -23,12 +23,19 @@ from deq_jax.checks import Real
 PyTree = Any
 Expansion = list[jax.Array]
 
+_SMALL = 24
+"""Entries of the state above 2⁻²⁴ have all their components."""
+
+_MOST_UNIT = 96
+"""The state is kept times at most 2⁹⁶, which leaves float32 numbers of 2³¹."""
+
 
 class ReversibleState(NamedTuple):
     """Two neighbouring points of the sequence, after n steps.
 
     Attributes:
-        before: s_n; for each real array of the state its expansion, leaves `[B, ...]`.
+        before: s_n; for each real array of the state its expansion, leaves `[B, ...]`, times a
+            power of two.
         current: s_{n+1}, likewise. It is the point that was proposed last.
         steps: int32 `[B]`, n.
     """
@@ -62,10 +69,11 @@ class Reversible:
     made there grows by 1 / √(1 - β) an evaluation in directions where ∂f/∂z is small, and by up to
     1 / (1 - β) where its norm is 1. So each entry of the state is the sum of several floats, 24
     bits each in float32 (a half-precision state is kept in float32, too). By default they are as
-    many as f with a norm of ∂f/∂z of at most 1 can need in `max_iter` evaluations: 2 in float32 for
-    36 evaluations at β = 0.5 or 15 at β = 0.8. The table in docs/gradients.md shows what fewer do.
-    A `BackwardProbe` measures the rounding in each backward pass. The values of f need no more
-    precision, but they must be the same bits in both passes; on a CPU they are.
+    many as f with a norm of ∂f/∂z of at most 1 can need in `max_iter` evaluations, which is 2 in
+    float32 for 36 evaluations at β = 0.5 or 15 at β = 0.8. The exponents of float32 reach for 8.
+    The table in docs/gradients.md shows what fewer do. A `BackwardProbe` measures the rounding in
+    each backward pass. The values of f need no more precision, but they must be the same bits in
+    both passes; on a CPU they are.
 
     Memory: 2 `components` states, whatever the number of evaluations was.
 
@@ -114,9 +122,23 @@ class Reversible:
         return beta, 1 - beta
 
     def components_in(self, dtype: Any) -> int:
-        """The floats for each entry of a state that is kept in this real dtype."""
-        if self.components is not None:
-            return self.components
+        """The floats for each entry of a state that is kept in this real dtype.
+
+        Raises:
+            ValueError: they are more than the dtype has exponents for, or cannot be known.
+        """
+        count = self.components
+        if count is None:
+            count = self._chosen_components(dtype)
+        most = (_MOST_UNIT - _SMALL - int(jnp.finfo(dtype).minexp)) // _bits(dtype)
+        if count > most:
+            raise ValueError(
+                f"{self!r} takes {count} components in {dtype}, whose exponents reach for {most}; "
+                "take a smaller damping or max_iter, or a state in float64"
+            )
+        return count
+
+    def _chosen_components(self, dtype: Any) -> int:
         if isinstance(self.damping, jax.core.Tracer):
             raise ValueError(
                 "Reversible.components=None is chosen from damping, whose value is not known while "
@@ -135,15 +157,16 @@ class Reversible:
         """
         kept = float(np.clip(1 - float(self.damping), 2.0**-11, 1))
         lost = self.max_iter * -math.log2(kept) * (1 if most else 0.5)
-        bits = int(jnp.finfo(dtype).nmant) + 1
+        bits = _bits(dtype)
         return math.ceil((lost + (bits / 2 if most else 8)) / bits)
 
     def init(self, z: PyTree, fz: PyTree) -> ReversibleState:
         """s_0 = s_1 = z_0."""
-        start = [
-            [part, *[jnp.zeros_like(part)] * (self.components_in(part.dtype) - 1)]
-            for part in real_parts(z)
-        ]
+        start = []
+        for part in real_parts(z):
+            count = self.components_in(part.dtype)
+            first = part * _unit(count, part.dtype)
+            start.append([first, *[jnp.zeros_like(part)] * (count - 1)])
         steps = tree.zeros_per_sample(z).astype(jnp.int32)
         return ReversibleState(start, start, steps)
 
@@ -159,7 +182,7 @@ class Reversible:
         moving = _near(z, proposed, 0) | (~resting & _near(z, proposed, 8))
         moving &= jnp.isfinite(tree.largest(fz))
         following = [
-            _advance(before, image, *self.factors(image.dtype))
+            _advance(before, image * _unit(len(before), image.dtype), *self.factors(image.dtype))
             for before, image in zip(state.before, real_parts(fz), strict=True)
         ]
         before = tree.where(moving, state.current, state.before)
@@ -172,7 +195,8 @@ class Reversible:
         earlier = []
         for current, image in zip(state.current, real_parts(fz), strict=True):
             beta, kept = self.factors(image.dtype)
-            terms = [*current, *expansions.products(-beta, [image])]
+            scaled = image * _unit(len(current), image.dtype)
+            terms = [*current, *expansions.products(-beta, [scaled])]
             earlier.append(expansions.quotient(terms, kept, len(current)))
         return earlier
 
@@ -186,10 +210,23 @@ def real_parts(a: PyTree) -> list[jax.Array]:
     return parts
 
 
+def _bits(dtype: Any) -> int:
+    """Significant bits of a float."""
+    return int(jnp.finfo(dtype).nmant) + 1
+
+
+def _unit(count: int, dtype: Any) -> float:
+    """The power of two that keeps `count` components of numbers above `2 ** -_SMALL` normal.
+
+    It is 1 for up to four components in float32. A product with it is exact.
+    """
+    return 2.0 ** max(0, count * _bits(dtype) + _SMALL + int(jnp.finfo(dtype).minexp))
+
+
 def rounded_state(parts: list[Expansion], like: PyTree) -> PyTree:
     """The state that the expansions stand for, in the dtypes of `like`."""
     leaves, structure = jax.tree.flatten(like)
-    values = iter([components[0] for components in parts])
+    values = iter([c[0] / _unit(len(c), c[0].dtype) for c in parts])
     restored = [
         lax.complex(next(values), next(values)) if jnp.iscomplexobj(leaf) else next(values)
         for leaf in leaves

@@ -103,6 +103,8 @@ def test_components_are_as_many_as_the_evaluations_ask_for():
         solver = Reversible(beta, max_iter=most)
         with jax.enable_x64(True):
             assert solver.components_in(jnp.dtype(dtype)) == expected
+    with pytest.raises(ValueError, match=r"takes 9 components in float32.*reach for 8"):
+        Reversible(0.8, max_iter=85).components_in(jnp.dtype("float32"))
     factors = [float(factor) for factor in Reversible(0.8).factors(jnp.float32)]
     np.testing.assert_array_equal(factors, [1638 / 2048, 410 / 2048])
 
