@@ -4,7 +4,7 @@ Source: van der Vorst, "Bi-CGSTAB: a fast and smoothly converging variant of Bi-
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,15 @@ from jax import lax
 
 from deq_jax import checks, tree
 from deq_jax.checks import Real
-from deq_jax.linear.krylov import AnyOf, Cycle, Product, Restarted
+from deq_jax.linear.krylov import (
+    AnyOf,
+    Cycle,
+    Preconditioner,
+    Product,
+    Restarted,
+    corrected,
+    preconditioned,
+)
 
 
 @checks.register_options
@@ -29,6 +37,7 @@ class BiCGStab(Restarted):
     Attributes:
         tol: bound on `‖A u + y - u‖ / ‖y‖`.
         max_iter: most products, at least 3.
+        preconditioner: `M(z, v)`, as for `GMRES`, on the right too.
 
     Raises:
         ValueError, TypeError: a field is out of its range or no number; the message names it.
@@ -36,16 +45,24 @@ class BiCGStab(Restarted):
 
     tol: Real = 1e-4
     max_iter: int = 100
+    preconditioner: Preconditioner | None = None
+
+    least_products: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         self.check()
-        if self.max_iter < 3:
-            raise ValueError(f"BiCGStab.max_iter must be at least 3, got {self.max_iter}")
 
     def cycle(
-        self, product: Product, r: jax.Array, target: jax.Array, budget: Any, any_of: AnyOf
+        self,
+        product: Product,
+        r: jax.Array,
+        target: jax.Array,
+        budget: Any,
+        any_of: AnyOf,
+        precondition: Product | None = None,
     ) -> Cycle:
         """Iterations until the recurred residual meets the target or a recurrence breaks down."""
+        product = preconditioned(product, precondition)
         shadow = r
         square = tree.dot(r, r)
         zeros = 0 * square
@@ -90,7 +107,8 @@ class BiCGStab(Restarted):
             )
 
         end = lax.while_loop(proceed, body, first)
-        return Cycle(end.u, end.products, end.used)
+        u = corrected(precondition, end.u)
+        return Cycle(u, end.products, end.used, tree.norm(end.r))
 
 
 class _Recurrence(NamedTuple):

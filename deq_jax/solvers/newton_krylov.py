@@ -15,7 +15,7 @@ from deq_jax import checks, tree
 from deq_jax.checks import Real
 from deq_jax.linear.bicgstab import BiCGStab
 from deq_jax.linear.gmres import GMRES
-from deq_jax.linear.krylov import packed
+from deq_jax.linear.krylov import PreconditionerAt, packed
 
 PyTree = Any
 
@@ -88,7 +88,16 @@ class NewtonKrylov:
     trace: bool = False
 
     linearizes: ClassVar[bool] = True
-    scale_free: ClassVar[bool] = True
+
+    @property
+    def scale_free(self) -> bool:
+        """Whether z may come scaled: not where a function of the user sees it."""
+        given = self.krylov.preconditioner
+        return given is None or isinstance(given, PreconditionerAt)
+
+    def at(self, z: PyTree, transposed: bool) -> "NewtonKrylov":
+        """The solver of a linear system with A = ∂f/∂z at `z` or its transpose."""
+        return dataclasses.replace(self, krylov=self.krylov.at(z, transposed))
 
     def __post_init__(self) -> None:
         if not isinstance(self.krylov, GMRES | BiCGStab):
@@ -153,7 +162,7 @@ class NewtonKrylov:
         return proposal, NewtonState(base, residual, direction, length, size, products)
 
     def _correction(
-        self, product: Any, g: jax.Array, accuracy: jax.Array, like: PyTree
+        self, product: Any, g: jax.Array, accuracy: jax.Array, z: PyTree
     ) -> tuple[jax.Array, jax.Array]:
         """`(I - J)⁻¹ g` to a relative residual of `accuracy` `[B]`, and the products it took."""
         tol = checks.in_dtype(self.tol, accuracy.dtype)
@@ -161,12 +170,16 @@ class NewtonKrylov:
         def any_of(flags: jax.Array) -> jax.Array:
             return tree.any_of(flags, product.mesh_axes)
 
-        def solve(product: Any, g: jax.Array, accuracy: Any) -> tuple[jax.Array, jax.Array]:
+        def solve(
+            product: Any, g: jax.Array, accuracy: Any, transposed: bool = False
+        ) -> tuple[jax.Array, jax.Array]:
             target = accuracy * tree.norm(g)
-            cycle = self.krylov.cycle(product, g, target, self.krylov.max_iter, any_of)
+            krylov = self.krylov.at(z, transposed)
+            precondition, budget = krylov.precondition(z), krylov.max_iter
+            cycle = krylov.cycle(product, g, target, budget, any_of, precondition)
             return cycle.correction, cycle.products
 
-        apply = packed(product, like)
+        apply = packed(product, z)
         if not product.differentiable:
             return solve(apply, g, accuracy)
         # Inside a loop to be differentiated: the derivative of the exact solution of the system.
@@ -174,7 +187,7 @@ class NewtonKrylov:
             lambda v: v - apply(v),
             g,
             lambda _, g: _as_float(solve(apply, g, accuracy)),
-            lambda transposed, y: _as_float(solve(lambda v: v - transposed(v), y, tol)),
+            lambda transposed, y: _as_float(solve(lambda v: v - transposed(v), y, tol, True)),
             has_aux=True,
         )
         return correction, products.astype(jnp.int32)
