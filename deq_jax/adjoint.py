@@ -211,8 +211,11 @@ class Solved:
         length = tree.norm(tree.scale(scale, solution.value))
         grown = (stats.status == int(Status.CONVERGED)) & (length > most * scale)
         status = jnp.where(grown, int(Status.MAX_ITER), stats.status)
+        # Such a residual is known to the rounding of w only.
+        known = jnp.finfo(size.dtype).eps * length / jnp.where(size > 0, size * scale, 1)
+        residual = jnp.where(grown, jnp.maximum(stats.residual, known), stats.residual)
         value = tree.scale(1 / unit, solution.value)
-        return Solution(value, stats._replace(status=status))
+        return Solution(value, stats._replace(status=status, residual=residual))
 
 
 def at(solver: Any, system: Affine) -> Any:

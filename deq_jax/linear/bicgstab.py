@@ -20,6 +20,7 @@ from deq_jax.linear.krylov import (
     Restarted,
     corrected,
     preconditioned,
+    ratio,
 )
 
 
@@ -57,11 +58,12 @@ class BiCGStab(Restarted):
         product: Product,
         r: jax.Array,
         target: jax.Array,
-        budget: Any,
-        any_of: AnyOf,
+        budget: Any = None,
+        any_of: AnyOf = jnp.any,
         precondition: Product | None = None,
     ) -> Cycle:
         """Iterations until the recurred residual meets the target or a recurrence breaks down."""
+        budget = self.max_iter if budget is None else budget
         product = preconditioned(product, precondition)
         shadow = r
         square = tree.dot(r, r)
@@ -82,16 +84,16 @@ class BiCGStab(Restarted):
         def body(carry: _Recurrence) -> _Recurrence:
             # Along p to s = r - α (I - A) p, orthogonal to the shadow residual.
             v = carry.p - product(carry.p)
-            alpha, sound = _ratio(carry.rho, tree.dot(shadow, v), tree.norm(shadow) * tree.norm(v))
+            alpha, sound = ratio(carry.rho, tree.dot(shadow, v), tree.norm(shadow) * tree.norm(v))
             s = carry.r - tree.scale(alpha, v)
             # Along s to the smallest residual r = s - ω (I - A) s.
             t = s - product(s)
-            omega, _ = _ratio(tree.dot(t, s), tree.dot(t, t), 0)
+            omega, _ = ratio(tree.dot(t, s), tree.dot(t, t), 0)
             u = carry.u + tree.scale(alpha, carry.p) + tree.scale(omega, s)
             r = s - tree.scale(omega, t)
             # The next direction p = r + β (p - ω v).
             rho = tree.dot(shadow, r)
-            growth, usable = _ratio(rho * alpha, carry.rho * omega, 0)
+            growth, usable = ratio(rho * alpha, carry.rho * omega, 0)
             p = r + tree.scale(growth, carry.p - tree.scale(omega, v))
             size = tree.norm(r)
             taken = carry.active & sound & jnp.isfinite(size)
@@ -119,9 +121,3 @@ class _Recurrence(NamedTuple):
     p: jax.Array
     rho: jax.Array  # [B]
     used: jax.Array  # int32 [B]
-
-
-def _ratio(a: jax.Array, b: jax.Array, scale: Any) -> tuple[jax.Array, jax.Array]:
-    """`a / b`, and where `[B]` b is more than rounding at `scale`; 0 elsewhere."""
-    sound = jnp.abs(b) > jnp.finfo(b.dtype).eps * scale
-    return jnp.where(sound, a / jnp.where(sound, b, 1), 0), sound

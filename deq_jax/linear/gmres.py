@@ -70,11 +70,12 @@ class GMRES(Restarted):
         product: Product,
         r: jax.Array,
         target: jax.Array,
-        budget: Any,
-        any_of: AnyOf,
+        budget: Any = None,
+        any_of: AnyOf = jnp.any,
         precondition: Product | None = None,
     ) -> Cycle:
         """One Krylov space of at most `restart` dimensions."""
+        budget = self.max_iter if budget is None else budget
         product = preconditioned(product, precondition)
         steps = min(self.restart, self.max_iter, tree.unknowns(r))
         size = tree.norm(r)
@@ -126,7 +127,9 @@ class GMRES(Restarted):
         coefficients = solve_triangular(upper, rhs[..., None])[..., 0]
         coefficients = jnp.where(jnp.isfinite(coefficients).all(1)[:, None], coefficients, 0)
         correction = columns.combine(coefficients, end.basis[:, :steps])
-        residual = size / jnp.sqrt((end.null**2).sum(1))
+        # ‖β e₁ - H c‖, which the null vector does not know where the space is invariant.
+        left = -jnp.einsum("bij,bj->bi", end.hessenberg, coefficients, precision="highest")
+        residual = tree.norm(left.at[:, 0].add(size))
         return Cycle(corrected(precondition, correction), end.step, end.used, residual)
 
 

@@ -81,12 +81,14 @@ class Cycle(NamedTuple):
         products: int32, products computed on the batch.
         used: `[B]` int32, products until the sample met its tolerance.
         residual: `[B]`, `‖r - (I - A) correction‖` as the method's recurrences have it.
+        stuck: `[B]` boolean, no further cycle will find a smaller residual.
     """
 
     correction: jax.Array
     products: jax.Array
     used: jax.Array
     residual: jax.Array
+    stuck: jax.Array | None = None
 
 
 class _Carry(NamedTuple):
@@ -132,8 +134,8 @@ class LinearMethod(abc.ABC):
         product: Product,
         r: jax.Array,
         target: jax.Array,
-        budget: Any,
-        any_of: AnyOf,
+        budget: Any = None,
+        any_of: AnyOf = jnp.any,
         precondition: Product | None = None,
     ) -> Cycle:
         """Finds c with `‖r - (I - A) c‖ <= target`, as far as `budget` products go.
@@ -142,7 +144,7 @@ class LinearMethod(abc.ABC):
             product: `v -> A v` on packed states `[B, D]`.
             r: right-hand side, `[B, D]`; where it is zero nothing is done.
             target: `[B]`.
-            budget: int32, most products.
+            budget: int32, most products; None stands for `max_iter`.
             any_of: whether any entry of a boolean `[B]` holds, on any device that matters.
             precondition: the preconditioner on packed states.
         """
@@ -188,8 +190,8 @@ class Restarted(LinearMethod):
         checks.check_count(self, "max_iter")
         if self.max_iter < self.least_products:
             raise ValueError(
-                f"{type(self).__name__}.max_iter must be at least {self.least_products}: the "
-                f"products to find a correction and one to check it, got {self.max_iter}"
+                f"{type(self).__name__}.max_iter must be at least {self.least_products}, the "
+                f"products to find a correction and to check it, got {self.max_iter}"
             )
         check_preconditioner(self)
 
@@ -252,7 +254,10 @@ class Restarted(LinearMethod):
             converged = carry.active & finite & (residual <= tol)
             diverged = carry.active & ~finite
             improved = carry.active & finite & (residual < carry.best_residual)
-            active = carry.active & ~converged & ~diverged
+            # The same residual would lead to the same correction of nothing, for ever.
+            stuck = tree.norm(cycle.correction) == 0
+            stuck = stuck if cycle.stuck is None else stuck | cycle.stuck
+            active = carry.active & ~converged & ~diverged & ~stuck
             status = jnp.where(converged, int(Status.CONVERGED), carry.status)
             used = jnp.where(active, cycle.products, cycle.used) + 1
             best = tree.where(improved, u, carry.best)
@@ -284,6 +289,12 @@ def rounded(u: jax.Array, like: PyTree) -> jax.Array:
     """The packed state `u` `[B, D]` with the values it has in the dtypes of `like`."""
     # The barrier keeps the compiler from taking both conversions out.
     return tree.pack(lax.optimization_barrier(tree.unpack(u, like)))
+
+
+def ratio(a: jax.Array, b: jax.Array, scale: Any) -> tuple[jax.Array, jax.Array]:
+    """`a / b`, and where `[B]` b is more than rounding at `scale`; 0 elsewhere."""
+    sound = jnp.abs(b) > jnp.finfo(b.dtype).eps * scale
+    return jnp.where(sound, a / jnp.where(sound, b, 1), 0), sound
 
 
 def preconditioned(product: Product, precondition: Product | None) -> Product:
