@@ -115,7 +115,8 @@ class MINRES(Restarted):
             delta = carry.cosine * carry.delta + carry.sine * alpha
             gamma_bar = carry.sine * carry.delta - carry.cosine * alpha
             gamma = jnp.sqrt(gamma_bar**2 + next_beta**2)
-            size = jnp.maximum(carry.size, jnp.abs(alpha) + beta * (carry.products > 0) + next_beta)
+            row = jnp.abs(alpha) + jnp.where(carry.products > 0, beta, 0) + next_beta
+            size = jnp.maximum(carry.size, row)
             cosine, sound = ratio(gamma_bar, gamma, size)
             sine, _ = ratio(next_beta, gamma, size)
             # ‖(I - A) r‖ / ‖r‖ of the last residual is so small that to lower r would take a u that

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from deq_jax import checks, tree
+from deq_jax import _compat, checks, tree
 from deq_jax.captured import Captured
 from deq_jax.checks import Real
 from deq_jax.linear.cg import CG
@@ -300,16 +300,16 @@ class NewtonKrylov:
                 ),
                 has_aux=True,
             )
-            found = tree.norm(lax.stop_gradient(correction))
-            sound = jnp.isfinite(found) & (found > 0)
-            return tree.where(sound, correction, g), products.astype(jnp.int32)
+            return _or_plain(correction, g), products.astype(jnp.int32)
 
         cycle = solve(apply, g, accuracy)
+        correction = _or_plain(cycle.correction, g)
+        if not _transposable(product):
+            return correction, cycle.products
         wanted, found = tree.norm(g), tree.norm(cycle.correction)
-        sound = jnp.isfinite(found) & (found > 0)
-        singular = ~sound | (cycle.residual > _HOPELESS * wanted)
-        singular |= found > wanted / jnp.sqrt(jnp.finfo(found.dtype).eps)
-        correction = tree.where(sound, cycle.correction, g)
+        # Not below: NaN too.
+        singular = ~(found < wanted / jnp.sqrt(jnp.finfo(found.dtype).eps)) | (found == 0)
+        singular |= ~(cycle.residual < _HOPELESS * wanted)
 
         # min ‖(I - J) s - g‖² + λ² ‖s‖² with λ = ‖g‖ / ‖f(z)‖.
         def fall_back(correction: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -336,6 +336,18 @@ class NewtonKrylov:
         needed = any_of(singular & (wanted > 0))
         correction, products = lax.cond(needed, fall_back, keep, correction)
         return correction, cycle.products + products
+
+
+def _or_plain(correction: jax.Array, g: jax.Array) -> jax.Array:
+    """Newton's step where there is one, else the plain step."""
+    found = tree.norm(lax.stop_gradient(correction))
+    return tree.where(jnp.isfinite(found) & (found > 0), correction, g)
+
+
+def _transposable(product: Any) -> bool:
+    """Whether JAX can transpose the product: not a `while` loop in f."""
+    body = getattr(product, "body", None)
+    return body is not None and not _compat.contains(body.program.jaxpr, "while")
 
 
 def _is_data(value: Any) -> bool:
