@@ -21,7 +21,7 @@ pass. Neither solves anything for an output that nothing depends on.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from deq_jax import _compat, tree
 from deq_jax.closure import Closure, Held, Static
-from deq_jax.linear.krylov import LinearSolver
+from deq_jax.linear.krylov import LinearSolver, PreconditionerAt
 from deq_jax.passes import LoopBody
 from deq_jax.shrinking import Phase
 from deq_jax.solve import solve
@@ -47,12 +47,16 @@ class Affine:
     Attributes:
         product: `w -> A w`.
         b: the right-hand side, leaves `[B, ...]`.
+        z: where f was linearised.
+        transposed: A is Jᵀ.
         parts: the map on fewer samples.
         check_every: see `Map`.
     """
 
     product: LoopBody
     b: PyTree
+    z: PyTree
+    transposed: bool
     parts: tuple[Phase, ...] = ()
     check_every: int = 1
 
@@ -65,7 +69,7 @@ class Affine:
             return cls.of(part.at(index), z_part, b_part, transposed)
 
         parts = tuple(Phase(part.size, functools.partial(at, part)) for part in f.parts)
-        return cls(LoopBody(f.product(z, transposed)), b, parts, f.check_every)
+        return cls(LoopBody(f.product(z, transposed)), b, z, transposed, parts, f.check_every)
 
     def __call__(self, w: PyTree) -> PyTree:
         """`A w + b`."""
@@ -100,6 +104,45 @@ class Affine:
         return dataclasses.replace(self, b=tree.scale(factor, self.b), parts=parts)
 
 
+class _Preconditioned:
+    """The map `w -> A' w + b` with `A' w = w - M w + A M w`, whose fixed point w gives `u = M w`.
+
+    `b - (I - A) M w` is both its residual and that of u in the system of A, so that solvers of
+    fixed points stop where u is right.
+    """
+
+    parts: ClassVar[tuple[Phase, ...]] = ()
+    differentiable: ClassVar[bool] = False
+
+    def __init__(self, system: Affine, precondition: Callable[[PyTree], PyTree]):
+        self.system, self.precondition, self.b = system, precondition, system.b
+        self.mesh_axes, self.mixes = system.mesh_axes, system.mixes
+        self.takes_step, self.check_every = False, system.check_every
+
+    def product(self, w: PyTree) -> PyTree:
+        u = self.precondition(w)
+        return tree.add(tree.subtract(w, u), self.system.product(u))
+
+    def __call__(self, w: PyTree) -> PyTree:
+        return tree.add(self.product(w), self.b)
+
+    def linearize(self, w: PyTree) -> tuple[PyTree, Any]:
+        return self(w), _Linear(self.product, self.mesh_axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Linear:
+    """A product as the step of a solver takes it."""
+
+    function: Callable[[PyTree], PyTree]
+    mesh_axes: tuple[str, ...]
+
+    differentiable: ClassVar[bool] = False
+
+    def __call__(self, w: PyTree) -> PyTree:
+        return self.function(w)
+
+
 class Inverse(Protocol):
     """What solves `w = A w + b`, exactly or as an approximation: a pytree.
 
@@ -121,7 +164,9 @@ class Inverse(Protocol):
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["held", "estimate"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["held", "estimate", "preconditioner"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Solved:
@@ -130,15 +175,18 @@ class Solved:
     Attributes:
         held: the solver.
         estimate: of `(A - I)⁻¹`, to start from (SHINE); None starts from b.
+        preconditioner: `M(z, v)`, for a solver that has none of its own.
     """
 
     held: Held
     estimate: InverseJacobian | None = None
+    preconditioner: Held | None = None
 
     def transposed(self) -> "Solved":
         """See `Inverse`."""
         estimate = self.estimate
-        return Solved(self.held, None if estimate is None else estimate.transposed())
+        estimate = None if estimate is None else estimate.transposed()
+        return dataclasses.replace(self, estimate=estimate)
 
     def __call__(self, system: Affine, report: bool) -> Solution:
         """See `Inverse`."""
@@ -147,15 +195,23 @@ class Solved:
         system = system.scaled(unit)
         b, scale = system.b, tree.unit_scale(unit * largest)
         size = tree.norm(tree.scale(scale, b)) / scale
-        solver, start = self.held.value, None
+        solver, start = at(self.held.value, system), None
         if self.estimate is not None:
             start = tree.unpack(-self.estimate.apply(tree.pack(b)), b)
+        equation: Any = system
+        precondition = None
+        if self.preconditioner is not None:
+            function = self.preconditioner.value
+            precondition = PreconditionerAt(function, system.z, system.transposed)
+            equation = _Preconditioned(system, precondition)
         if isinstance(solver, LinearSolver):
-            solution = solver.solve_linear(system.product, b, start, system.mesh_axes)
+            solution = solver.solve_linear(equation.product, b, start, system.mesh_axes)
         else:
             if self.estimate is not None and isinstance(solver, Broyden):
                 solver = _Continued(solver, self.estimate)
-            solution = solve(system, b if start is None else start, solver, reference=size)
+            solution = solve(equation, b if start is None else start, solver, reference=size)
+        if precondition is not None:
+            solution = dataclasses.replace(solution, value=precondition(solution.value))
         # Along a direction in which I - A is singular w grows without bound, and cancellation makes
         # its residual vanish: no solution, whatever the residual says.
         stats = solution.stats
@@ -163,8 +219,17 @@ class Solved:
         length = tree.norm(tree.scale(scale, solution.value))
         grown = (stats.status == int(Status.CONVERGED)) & (length > most * scale)
         status = jnp.where(grown, int(Status.MAX_ITER), stats.status)
+        # Such a residual is known to the rounding of w only.
+        known = jnp.finfo(size.dtype).eps * length / jnp.where(size > 0, size * scale, 1)
+        residual = jnp.where(grown, jnp.maximum(stats.residual, known), stats.residual)
         value = tree.scale(1 / unit, solution.value)
-        return Solution(value, stats._replace(status=status))
+        return Solution(value, stats._replace(status=status, residual=residual))
+
+
+def at(solver: Any, system: Affine) -> Any:
+    """The solver, told which system it is to solve."""
+    tell = getattr(solver, "at", None)
+    return solver if tell is None else tell(system.z, system.transposed)
 
 
 def _unit(system: Affine, largest: jax.Array) -> jax.Array:

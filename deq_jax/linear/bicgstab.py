@@ -4,7 +4,7 @@ Source: van der Vorst, "Bi-CGSTAB: a fast and smoothly converging variant of Bi-
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,16 @@ from jax import lax
 
 from deq_jax import checks, tree
 from deq_jax.checks import Real
-from deq_jax.linear.krylov import AnyOf, Cycle, Product, Restarted
+from deq_jax.linear.krylov import (
+    AnyOf,
+    Cycle,
+    Preconditioner,
+    Product,
+    Restarted,
+    corrected,
+    preconditioned,
+    ratio,
+)
 
 
 @checks.register_options
@@ -29,6 +38,7 @@ class BiCGStab(Restarted):
     Attributes:
         tol: bound on `‖A u + y - u‖ / ‖y‖`.
         max_iter: most products, at least 3.
+        preconditioner: `M(z, v)`, as for `GMRES`, on the right too.
 
     Raises:
         ValueError, TypeError: a field is out of its range or no number; the message names it.
@@ -36,16 +46,25 @@ class BiCGStab(Restarted):
 
     tol: Real = 1e-4
     max_iter: int = 100
+    preconditioner: Preconditioner | None = None
+
+    least_products: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         self.check()
-        if self.max_iter < 3:
-            raise ValueError(f"BiCGStab.max_iter must be at least 3, got {self.max_iter}")
 
     def cycle(
-        self, product: Product, r: jax.Array, target: jax.Array, budget: Any, any_of: AnyOf
+        self,
+        product: Product,
+        r: jax.Array,
+        target: jax.Array,
+        budget: Any = None,
+        any_of: AnyOf = jnp.any,
+        precondition: Product | None = None,
     ) -> Cycle:
         """Iterations until the recurred residual meets the target or a recurrence breaks down."""
+        budget = self.max_iter if budget is None else budget
+        product = preconditioned(product, precondition)
         shadow = r
         square = tree.dot(r, r)
         zeros = 0 * square
@@ -65,16 +84,16 @@ class BiCGStab(Restarted):
         def body(carry: _Recurrence) -> _Recurrence:
             # Along p to s = r - α (I - A) p, orthogonal to the shadow residual.
             v = carry.p - product(carry.p)
-            alpha, sound = _ratio(carry.rho, tree.dot(shadow, v), tree.norm(shadow) * tree.norm(v))
+            alpha, sound = ratio(carry.rho, tree.dot(shadow, v), tree.norm(shadow) * tree.norm(v))
             s = carry.r - tree.scale(alpha, v)
             # Along s to the smallest residual r = s - ω (I - A) s.
             t = s - product(s)
-            omega, _ = _ratio(tree.dot(t, s), tree.dot(t, t), 0)
+            omega, _ = ratio(tree.dot(t, s), tree.dot(t, t), 0)
             u = carry.u + tree.scale(alpha, carry.p) + tree.scale(omega, s)
             r = s - tree.scale(omega, t)
             # The next direction p = r + β (p - ω v).
             rho = tree.dot(shadow, r)
-            growth, usable = _ratio(rho * alpha, carry.rho * omega, 0)
+            growth, usable = ratio(rho * alpha, carry.rho * omega, 0)
             p = r + tree.scale(growth, carry.p - tree.scale(omega, v))
             size = tree.norm(r)
             taken = carry.active & sound & jnp.isfinite(size)
@@ -90,7 +109,8 @@ class BiCGStab(Restarted):
             )
 
         end = lax.while_loop(proceed, body, first)
-        return Cycle(end.u, end.products, end.used)
+        u = corrected(precondition, end.u)
+        return Cycle(u, end.products, end.used, tree.norm(end.r))
 
 
 class _Recurrence(NamedTuple):
@@ -101,9 +121,3 @@ class _Recurrence(NamedTuple):
     p: jax.Array
     rho: jax.Array  # [B]
     used: jax.Array  # int32 [B]
-
-
-def _ratio(a: jax.Array, b: jax.Array, scale: Any) -> tuple[jax.Array, jax.Array]:
-    """`a / b`, and where `[B]` b is more than rounding at `scale`; 0 elsewhere."""
-    sound = jnp.abs(b) > jnp.finfo(b.dtype).eps * scale
-    return jnp.where(sound, a / jnp.where(sound, b, 1), 0), sound

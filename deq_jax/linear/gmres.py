@@ -14,7 +14,15 @@ from jax.scipy.linalg import solve_triangular
 
 from deq_jax import checks, columns, tree
 from deq_jax.checks import Real
-from deq_jax.linear.krylov import AnyOf, Cycle, Product, Restarted
+from deq_jax.linear.krylov import (
+    AnyOf,
+    Cycle,
+    Preconditioner,
+    Product,
+    Restarted,
+    corrected,
+    preconditioned,
+)
 
 
 @checks.register_options
@@ -31,12 +39,18 @@ class GMRES(Restarted):
     product an iteration and one after each cycle, which measures the true residual. Never
     diverges; may stagnate if `restart` is small.
 
+    A preconditioner M stands on the right, `(I - A) M w = y` with `u = M w`, so that the residual
+    that is made small is the true one.
+
     Memory: `restart + 1` states in float32 or wider.
 
     Attributes:
-        restart: dimension of the Krylov space at which a cycle ends.
+        restart: dimension of the Krylov space at which a cycle ends. No space has more dimensions
+            than a sample has unknowns.
         tol: bound on `‖A u + y - u‖ / ‖y‖`.
         max_iter: most products, at least 2.
+        preconditioner: `M(z, v)`, linear in v, an approximation of `(I - J)⁻¹ v` with J = ∂f/∂z at
+            z; for the adjoint system JAX transposes it. Arrays that it closes over may be traced.
 
     Raises:
         ValueError, TypeError: a field is out of its range or no number; the message names it.
@@ -45,16 +59,25 @@ class GMRES(Restarted):
     restart: int = 20
     tol: Real = 1e-4
     max_iter: int = 100
+    preconditioner: Preconditioner | None = None
 
     def __post_init__(self) -> None:
         checks.check_count(self, "restart")
         self.check()
 
     def cycle(
-        self, product: Product, r: jax.Array, target: jax.Array, budget: Any, any_of: AnyOf
+        self,
+        product: Product,
+        r: jax.Array,
+        target: jax.Array,
+        budget: Any = None,
+        any_of: AnyOf = jnp.any,
+        precondition: Product | None = None,
     ) -> Cycle:
         """One Krylov space of at most `restart` dimensions."""
-        steps = min(self.restart, self.max_iter)
+        budget = self.max_iter if budget is None else budget
+        product = preconditioned(product, precondition)
+        steps = min(self.restart, self.max_iter, tree.unknowns(r))
         size = tree.norm(r)
         zeros = 0 * size
         safe_size = jnp.where(size > 0, size, 1)
@@ -104,7 +127,10 @@ class GMRES(Restarted):
         coefficients = solve_triangular(upper, rhs[..., None])[..., 0]
         coefficients = jnp.where(jnp.isfinite(coefficients).all(1)[:, None], coefficients, 0)
         correction = columns.combine(coefficients, end.basis[:, :steps])
-        return Cycle(correction, end.step, end.used)
+        # ‖β e₁ - H c‖, which the null vector does not know where the space is invariant.
+        left = -jnp.einsum("bij,bj->bi", end.hessenberg, coefficients, precision="highest")
+        residual = tree.norm(left.at[:, 0].add(size))
+        return Cycle(corrected(precondition, correction), end.step, end.used, residual)
 
 
 class _Arnoldi(NamedTuple):

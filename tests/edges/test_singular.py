@@ -23,6 +23,7 @@ from deq_jax import (
     deq_fixed_point,
     solve_adjoint,
 )
+from deq_jax.linear import LSMR, Dense, GroupInverse
 from tests.reference import relative_error
 
 SAMPLES = 6
@@ -67,10 +68,13 @@ def backward_solvers(tol):
         "NewtonKrylov(BiCGStab)": NewtonKrylov(BiCGStab(), tol=tol),
         "Anderson": Anderson(tol=tol),
         "Picard": Picard(tol=tol, max_iter=200),
+        "LSMR": LSMR(tol=tol),
+        "Dense": Dense(tol=tol),
     }
 
 
-NAMES = list(backward_solvers(1.0))
+DIRECT = ("LSMR", "Dense")
+NAMES = [name for name in backward_solvers(1.0) if name not in DIRECT]
 
 
 def gradient_and_report(forward, policy, dtype, batched=True):
@@ -113,7 +117,7 @@ def check(gradient, report, rtol):
 @pytest.mark.parametrize(
     ("name", "batched"),
     [
-        *((name, True) for name in NAMES),
+        *((name, True) for name in (*NAMES, *DIRECT)),
         *((name, False) for name in ("GMRES", "BiCGStab", "Broyden")),
     ],
 )
@@ -167,6 +171,39 @@ def test_the_adjoint_by_itself(name):
     )
     del u
     assert (np.asarray(stats.status) != Status.CONVERGED).all()
+
+
+EXACT = Implicit(GroupInverse(GMRES(tol=1e-10)))
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_group_inverse_has_the_exact_gradient():
+    forward = Picard(tol=1e-13, max_iter=2000)
+    (gradient, report), _ = gradient_and_report(forward, EXACT, jnp.float64)
+    np.testing.assert_array_equal(report.status, Status.CONVERGED)
+    np.testing.assert_allclose(gradient, exact_gradient(RATES), rtol=1e-6)
+    assert report.evaluations <= 8
+
+
+@pytest.mark.slow
+def test_the_group_inverse_forwards_and_in_float32():
+    expected = exact_gradient(RATES)
+    with jax.enable_x64(True):
+
+        def loss(rates):
+            masses = jnp.asarray(MASSES)
+            forward = Picard(tol=1e-13, max_iter=2000)
+            z = deq_fixed_point(reactions, rates, masses, masses, solver=forward, gradient=EXACT)
+            return (z * WEIGHTS).sum()
+
+        rates = jnp.asarray(RATES)
+        tangent = jax.jit(lambda r: jax.jvp(loss, (r,), (jnp.ones_like(r),)))(rates)[1]
+        np.testing.assert_allclose(tangent, expected.sum(), rtol=1e-6)
+    (gradient, report), _ = gradient_and_report(
+        Picard(tol=1e-6, max_iter=2000), Implicit(GroupInverse()), jnp.float32
+    )
+    np.testing.assert_array_equal(report.status, Status.CONVERGED)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-3)
 
 
 SLOW = ("Picard", "GMRES(2)")  # would need many thousands of products

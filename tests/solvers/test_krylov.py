@@ -378,7 +378,7 @@ def test_the_adjoint_of_a_nonlinear_cell(method):
         (GMRES, {"max_iter": 1}, "GMRES.max_iter must be at least 2"),
         (GMRES, {"max_iter": 0}, "GMRES.max_iter must be at least 1, got 0"),
         (BiCGStab, {"tol": float("nan")}, "BiCGStab.tol must be finite"),
-        (BiCGStab, {"max_iter": 2}, "BiCGStab.max_iter must be at least 3, got 2"),
+        (BiCGStab, {"max_iter": 2}, "BiCGStab.max_iter must be at least 3"),
         (BiCGStab, {"max_iter": "9"}, "BiCGStab.max_iter must be an integer, got '9'"),
     ],
 )

@@ -275,9 +275,9 @@ def test_complex_states():
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"krylov": NewtonKrylov()}, "NewtonKrylov.krylov must be GMRES or BiCGStab"),
-        ({"krylov": GMRES}, "NewtonKrylov.krylov must be GMRES or BiCGStab"),
-        ({"krylov": None}, "NewtonKrylov.krylov must be GMRES or BiCGStab, got None"),
+        ({"krylov": NewtonKrylov()}, "NewtonKrylov.krylov must be a method for linear systems"),
+        ({"krylov": GMRES}, "NewtonKrylov.krylov must be a method for linear systems"),
+        ({"krylov": None}, "or Auto(), got None"),
         ({"forcing": 0.0}, "NewtonKrylov.forcing must be finite, > 0.0 and <= 0.999, got 0.0"),
         ({"forcing": 1.0}, "NewtonKrylov.forcing must be finite"),
         ({"forcing": "no"}, "NewtonKrylov.forcing must be a number, got 'no'"),
