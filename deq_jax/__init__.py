@@ -11,8 +11,14 @@ from deq_jax.gradients.phantom import Phantom as Phantom
 from deq_jax.gradients.policy import GradientPolicy as GradientPolicy
 from deq_jax.gradients.unrolled import Unrolled as Unrolled
 from deq_jax.linear.bicgstab import BiCGStab as BiCGStab
+from deq_jax.linear.cg import CG as CG
+from deq_jax.linear.dense import Auto as Auto
+from deq_jax.linear.dense import Dense as Dense
 from deq_jax.linear.gmres import GMRES as GMRES
+from deq_jax.linear.group_inverse import GroupInverse as GroupInverse
 from deq_jax.linear.krylov import LinearSolver as LinearSolver
+from deq_jax.linear.lsmr import LSMR as LSMR
+from deq_jax.linear.minres import MINRES as MINRES
 from deq_jax.solve import Solver as Solver
 from deq_jax.solvers.anderson import Anderson as Anderson
 from deq_jax.solvers.broyden import Broyden as Broyden
@@ -29,14 +35,20 @@ __version__ = "0.2.0"
 
 # Without it a star import would bring `nnx` and `linen`, the submodules, in the place of Flax's.
 __all__ = [
+    "CG",
     "GMRES",
+    "LSMR",
+    "MINRES",
     "Anderson",
+    "Auto",
     "BackwardProbe",
     "BiCGStab",
     "Broyden",
+    "Dense",
     "Execution",
     "Finding",
     "GradientPolicy",
+    "GroupInverse",
     "Implicit",
     "LinearSolver",
     "Neumann",
