@@ -17,8 +17,14 @@ from deq_jax.gradients.reversed import Reversed as Reversed
 from deq_jax.gradients.truncated import Truncated as Truncated
 from deq_jax.gradients.unrolled import Unrolled as Unrolled
 from deq_jax.linear.bicgstab import BiCGStab as BiCGStab
+from deq_jax.linear.cg import CG as CG
+from deq_jax.linear.dense import Auto as Auto
+from deq_jax.linear.dense import Dense as Dense
 from deq_jax.linear.gmres import GMRES as GMRES
+from deq_jax.linear.group_inverse import GroupInverse as GroupInverse
 from deq_jax.linear.krylov import LinearSolver as LinearSolver
+from deq_jax.linear.lsmr import LSMR as LSMR
+from deq_jax.linear.minres import MINRES as MINRES
 from deq_jax.multi_start import MultiStart as MultiStart
 from deq_jax.multi_start import multi_start as multi_start
 from deq_jax.root import deq_root as deq_root
@@ -42,17 +48,23 @@ __version__ = "0.2.0"
 
 # Without it a star import would bring `nnx` and `linen`, the submodules, in the place of Flax's.
 __all__ = [
+    "CG",
     "GMRES",
+    "LSMR",
+    "MINRES",
     "SQUAREM",
     "Anderson",
+    "Auto",
     "BackwardProbe",
     "BiCGStab",
     "Broyden",
     "Chandrupatla",
     "Control",
+    "Dense",
     "Execution",
     "Finding",
     "GradientPolicy",
+    "GroupInverse",
     "Implicit",
     "LinearSolver",
     "MultiStart",

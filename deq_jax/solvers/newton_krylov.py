@@ -15,9 +15,13 @@ from jax import lax
 from deq_jax import _compat, checks, tree
 from deq_jax.captured import Captured
 from deq_jax.checks import Real
+from deq_jax.linear.bicgstab import BiCGStab
 from deq_jax.linear.cg import CG
+from deq_jax.linear.dense import Auto, Dense
 from deq_jax.linear.gmres import GMRES
 from deq_jax.linear.krylov import Cycle, LinearMethod, PreconditionerAt, packed
+from deq_jax.linear.lsmr import LSMR
+from deq_jax.linear.minres import MINRES
 
 PyTree = Any
 
@@ -117,7 +121,7 @@ class NewtonKrylov:
         )
     """
 
-    krylov: LinearMethod = GMRES()  # noqa: RUF009  (frozen)
+    krylov: GMRES | BiCGStab | CG | MINRES | LSMR | Dense | Auto = GMRES()  # noqa: RUF009  (frozen)
     forcing: Real = 0.1
     tol: Real = 1e-4
     max_iter: int = 20
