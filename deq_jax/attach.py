@@ -162,7 +162,7 @@ def attach_gradient(
     """
     if not callable(f):
         raise TypeError(f"f must be a function f(params, z, x), got {f!r}")
-    if form not in _FORMS:
+    if form not in tuple(_FORMS):
         raise ValueError(f'form must be "fixed_point" or "root", got {form!r}')
     checks.check_bool("batched", batched)
     z_star = lax.stop_gradient(initial_state(x, _given(z_star), batched, "z_star"))

@@ -496,10 +496,9 @@ def _solve_and_attach(
     options: Any = {"observed": observed, "sample_at": setup.sample_at, "progress": progress}
     if policies and differentiates_solver(policies[0]):
         policy: Any = policies[0]
-        solution = policy.solve(f, z0, solver, control, watch, **options)
-        value = policy.attach(f, solution, solver=solver, probe=probe)
+        solution = policy.solve(f, z0, solver, control, watch, probe=probe, **options)
         stats = jax.lax.stop_gradient(solution.stats)
-        solution = dataclasses.replace(solution, value=value, stats=stats)
+        solution = dataclasses.replace(solution, stats=stats)
     else:
         body = LoopBody(jax.lax.stop_gradient(f))
         solution = solve(body, z0, solver, control, watch, **options)

@@ -542,7 +542,7 @@ def _measured(
         # JAX 0.12 takes the exponents of `frexp` for the same on all devices of a shard_map.
         return tree.vary_over(tree.unit_scale(z, fz), axes)
 
-    def scaled(scale: jax.Array) -> tuple[jax.Array, ...]:
+    def scaled(scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         return scale, *norms(tree.scale(scale, z), tree.scale(scale, fz))
 
     scale = tree.vary_over(scale, axes)

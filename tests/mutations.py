@@ -149,8 +149,8 @@ FAULTS = [
     Fault(
         "of samples that mix, iterates of different evaluations are returned",
         "solve.py",
-        "better |= carry.evaluations + 1 == solver.max_iter",
-        "better |= carry.evaluations + 1 == 0",
+        "better |= number == self.limit",
+        "better |= number == 0",
         "edges/test_mixing_samples.py",
     ),
     # The adjoint.
@@ -289,8 +289,8 @@ FAULTS = [
     Fault(
         "an NNX layer takes its batch statistics at the wrong point",
         "nnx.py",
-        "cell(*jax.lax.stop_gradient((z, injection)))",
-        "cell(*jax.lax.stop_gradient((injection, injection)))",
+        "cell(*jax.lax.stop_gradient((z, injection)), *step)",
+        "cell(*jax.lax.stop_gradient((injection, injection)), *step)",
         "test_adapters_state.py",
     ),
     Fault(
@@ -335,6 +335,49 @@ FAULTS = [
         "sign * magnitude, 1)",
         "magnitude, 1)",
         "test_root.py",
+    ),
+    # Loop control.
+    Fault(
+        "the last iterate is the point that was evaluated, not the next",
+        "solve.py",
+        "tree.where(improved, proposal, carry.best), step + 1",
+        "tree.where(improved, z, carry.best), step + 1",
+        "test_control.py",
+    ),
+    Fault(
+        "min_iter is one evaluation late",
+        "solve.py",
+        "met &= number >= control.min_iter",
+        "met &= number > control.min_iter",
+        "test_control.py",
+    ),
+    Fault(
+        "the derivative takes f at the evaluation after the one returned",
+        "solve.py",
+        "best, best_step = tree.where(improved, z, carry.best), step\n",
+        "best, best_step = tree.where(improved, z, carry.best), step + 1\n",
+        "test_control.py",
+    ),
+    Fault(
+        "a tolerance of zero asks in every trip",
+        "solve.py",
+        "self.asks = watch.stop is not None or not no_tolerance",
+        "self.asks = True",
+        "test_control.py",
+    ),
+    Fault(
+        "scales are multiplied and not divided by",
+        "control.py",
+        "leaf.astype(scale.dtype) / scale",
+        "leaf.astype(scale.dtype) * scale",
+        "test_control.py",
+    ),
+    Fault(
+        "truncated backpropagation takes one step more",
+        "gradients/truncated.py",
+        "leave=self.steps, **options)",
+        "leave=self.steps + 1, **options)",
+        "gradients/test_truncated.py",
     ),
 ]
 

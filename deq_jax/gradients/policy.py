@@ -13,9 +13,9 @@ PyTree = Any
 class GradientPolicy(Protocol):
     """How a solution is differentiated; any object with these two methods serves.
 
-    A policy that differentiates the loop itself has a third method, which then makes the solve:
-    `solve(f, z0, solver, control, watch, **options)`, with the arguments and the return value of
-    `deq_jax.solve.solve`, differentiable in the arrays of f.
+    A policy that differentiates the loop itself has a third method, which makes the solve, and its
+    `attach` is not called: `solve(f, z0, solver, control, watch, *, probe, **options)`, with the
+    arguments and the return value of `deq_jax.solve.solve`, differentiable in the arrays of f.
     """
 
     def check(self, solver: Solver) -> None:
@@ -49,6 +49,14 @@ def check_policy(name: str, policy: Any) -> None:
 def differentiates_solver(policy: Any) -> bool:
     """Whether the policy is one that differentiates the loop itself."""
     return hasattr(policy, "solve")
+
+
+def refuse_attach(policy: Any) -> Any:
+    """Raises, for a policy that differentiates the loop itself: a state that is given has none."""
+    raise TypeError(
+        f"{policy!r} differentiates the iterates of a solve, and a state that is given has none; "
+        "take Implicit() for it"
+    )
 
 
 def refuse_probe(policy: Any, probe: BackwardProbe | None) -> None:

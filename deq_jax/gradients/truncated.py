@@ -14,7 +14,7 @@ from jax import lax
 from deq_jax import checks
 from deq_jax.closure import Closure
 from deq_jax.control import Control, Watch
-from deq_jax.gradients.policy import refuse_probe
+from deq_jax.gradients.policy import refuse_attach, refuse_probe
 from deq_jax.passes import LoopBody
 from deq_jax.solve import Carry, Loop, Solver
 from deq_jax.stats import BackwardProbe, Solution, Status
@@ -82,10 +82,12 @@ class Truncated:
         control: Control,
         watch: Watch,
         *,
+        probe: BackwardProbe | None = None,
         sample_at: tuple[int, ...] = (),
         **options: Any,
     ) -> Solution:
         """See `GradientPolicy`."""
+        refuse_probe(self, probe)
         if sample_at:
             raise ValueError("gradient=Truncated(...) has no gradient for sample_at; leave it out")
         control = dataclasses.replace(control, select="last")
@@ -121,6 +123,5 @@ class Truncated:
     def attach(
         self, f: Closure, solution: Solution, *, solver: Solver, probe: BackwardProbe | None
     ) -> Any:
-        """The value as it is: it was found by a loop that has derivatives."""
-        refuse_probe(self, probe)
-        return solution.value
+        """Raises: a solution alone does not say how it was found."""
+        refuse_attach(self)

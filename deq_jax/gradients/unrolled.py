@@ -6,7 +6,7 @@ from typing import Any
 from deq_jax import checks
 from deq_jax.closure import Closure
 from deq_jax.control import Control, Watch
-from deq_jax.gradients.policy import refuse_probe
+from deq_jax.gradients.policy import refuse_attach, refuse_probe
 from deq_jax.solve import Solver, check_samples, solve
 from deq_jax.stats import BackwardProbe, Solution
 
@@ -68,10 +68,12 @@ class Unrolled:
         control: Control,
         watch: Watch,
         *,
+        probe: BackwardProbe | None = None,
         sample_at: tuple[int, ...] = (),
         **options: Any,
     ) -> Solution:
         """See `GradientPolicy`."""
+        refuse_probe(self, probe)
         solver = self.limited(solver)
         check_samples(sample_at, solver)
         control.check(solver.max_iter)
@@ -81,6 +83,5 @@ class Unrolled:
     def attach(
         self, f: Closure, solution: Solution, *, solver: Solver, probe: BackwardProbe | None
     ) -> Any:
-        """The value as it is: it was found by a loop that has derivatives."""
-        refuse_probe(self, probe)
-        return solution.value
+        """Raises: a solution alone does not say how it was found."""
+        refuse_attach(self)

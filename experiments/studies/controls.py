@@ -14,6 +14,7 @@ temporaries of the compiled step.
 """
 
 import dataclasses
+import datetime
 import pathlib
 import statistics
 import time
@@ -96,11 +97,13 @@ class Config(Command):
         data_dir: folder of prepared data sets, for language.
         runs: folder for the runs.
         seeds: seeds of the final trainings of each network.
+        networks: measure only these networks; the rows of the others stay as they are.
     """
 
     data_dir: str | None = None
     runs: str = "runs/controls"
     seeds: int = 3
+    networks: tuple[str, ...] = ()
 
 
 def train(
@@ -138,10 +141,17 @@ def tune(part: str, name: str, config: Config) -> dict[str, float | None]:
 
 
 def measure(part: str, config: Config) -> Part:
-    """Tunes, trains and times all networks of a part."""
+    """Tunes, trains and times the networks of a part, those of `config.networks` if it names any.
+
+    Raises:
+        SystemExit: a name is that of no network, or a final training diverges.
+    """
+    if unknown := [name for name in config.networks if name not in NETWORKS[part]]:
+        raise SystemExit(f"unknown networks {unknown}; known are: {', '.join(NETWORKS[part])}")
     rows: dict[str, dict[str, Any]] = {}
     timed: dict[str, Callable[[], list[float]]] = {}
-    for name, network in NETWORKS[part].items():
+    for name in config.networks or NETWORKS[part]:
+        network = NETWORKS[part][name]
         trials = tune(part, name, config)
         losses = {trial: loss for trial, loss in trials.items() if loss is not None}
         chosen = min(losses, key=losses.__getitem__) if losses else next(iter(network.trials))
@@ -155,6 +165,7 @@ def measure(part: str, config: Config) -> Part:
             finals.append(final)
         split = SPLITS[part]
         row: dict[str, Any] = {
+            "date": datetime.date.today().isoformat(),
             "trials": trials,
             "chosen": chosen if trials else None,
             "losses": [final[f"{split}_loss"] for final in finals],
@@ -168,7 +179,9 @@ def measure(part: str, config: Config) -> Part:
     for _ in range(ROUNDS):
         for name, seconds in timed.items():
             rows[name].setdefault("seconds", []).extend(seconds())
-    return {"rows": rows}
+    others = STUDY.load().get(part, {"rows": {}})["rows"] if config.networks else {}
+    known = {name: rows.get(name) or others.get(name) for name in NETWORKS[part]}
+    return {"rows": {name: row for name, row in known.items() if row is not None}}
 
 
 def _timer(folder: pathlib.Path, row: dict[str, Any]) -> Callable[[], list[float]]:
@@ -180,7 +193,8 @@ def _timer(folder: pathlib.Path, row: dict[str, Any]) -> Callable[[], list[float
     optimizer = config.optim.optimizer(steps)
     step = make_train_step(config, run.model, optimizer, phase, None, dataset.white)
     batch = next(dataset.train_batches(config.batch_size, seed=config.seed, epoch=0))
-    step = step.lower(state, batch).compile()
+    limits = phase and phase.limits
+    step = step.lower(state, batch, limits).compile()
     row["parameters"] = count_parameters(run.model)
     row["memory"] = step.memory_analysis().temp_size_in_bytes
 
@@ -189,7 +203,7 @@ def _timer(folder: pathlib.Path, row: dict[str, Any]) -> Callable[[], list[float
         taken = []
         for _ in range(STEPS):
             started = time.perf_counter()
-            state, loss = step(state, batch)
+            state, loss = step(state, batch, limits)
             jax.block_until_ready((state, loss))
             taken.append(time.perf_counter() - started)
         return taken
@@ -204,8 +218,8 @@ def render(document: Document) -> dict[str, str]:
 
 
 def _table(part: Part) -> str:
-    columns = ["network", "loss", "parameters", "evaluations forwards / backwards"]
-    columns += ["seconds a step", "memory of a step", "minutes for all steps"]
+    columns = ["network", "loss", "seeds", "parameters", "evaluations forwards / backwards"]
+    columns += ["seconds a step", "memory of a step", "minutes for all steps", "measured"]
     table = []
     for name, row in part["rows"].items():
         loss = f"{np.mean(row['losses']):.4g}"
@@ -215,8 +229,9 @@ def _table(part: Part) -> str:
         if "forward" in row:
             solves = f"{np.mean(row['forward']):.1f} / {np.mean(row['backward']):.1f}"
         seconds = statistics.median(row["seconds"])
-        cells = [name, loss, f"{row['parameters']:,}", solves, f"{seconds:.3f}"]
-        cells += [f"{row['memory'] / 2**20:.0f} MiB", f"{row['steps'] * seconds / 60:.1f}"]
+        cells = [name, loss, str(len(row["losses"])), f"{row['parameters']:,}", solves]
+        cells += [f"{seconds:.3f}", f"{row['memory'] / 2**20:.0f} MiB"]
+        cells += [f"{row['steps'] * seconds / 60:.1f}", row["date"]]
         table.append(cells)
     text = markdown_table(columns, table)
     if trials := {name: row["trials"] for name, row in part["rows"].items() if row["trials"]}:
@@ -226,9 +241,10 @@ def _table(part: Part) -> str:
         ]
         text += "\n\nLosses of the trials on the validation part of the training text, one seed:\n"
         text += f"\n{markdown_table(['network', 'trials'], cells)}"
-    seeds = len(next(iter(part["rows"].values()))["losses"])
-    what = "of one seed" if seeds == 1 else f"means and standard deviations of {seeds} seeds"
-    return f"{text}\n\nLosses are {what}. {origin(part['context'])}"
+    words = "Losses are means and standard deviations over the seeds."
+    if len({row["date"] for row in part["rows"].values()}) > 1:
+        words += " Times that were measured on different days are not to be compared."
+    return f"{text}\n\n{words} {origin(part['context'])}"
 
 
 def _loss(loss: float | None) -> str:

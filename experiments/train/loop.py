@@ -228,7 +228,9 @@ def fit(
                         break
                     step = epoch * steps_per_epoch + progress.position
                     phase = training_phase(config, step, steps) if config.stability else None
-                    state, loss = compiled_step(phase)(state, place(batch, mesh, P("data")))
+                    limits = phase and phase.limits
+                    batch = place(batch, mesh, P("data"))
+                    state, loss = compiled_step(phase)(state, batch, limits)
                     progress.position += 1
                     # Waiting for the step before keeps the device busy with this one, and keeps
                     # the host from queueing the whole epoch, after which nobody could stop it.

@@ -1,18 +1,27 @@
 """Training with `stability:on`: the phases that it goes through, and what is added to the loss.
 
 A phase is a function of the step's number alone, so that a run can be resumed at any step. Each
-different phase is compiled by itself.
+different phase is compiled by itself; budgets and tolerances are inputs of the compiled step.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deq_jax import BackwardProbe, GradientPolicy, OneStep, Phantom, Picard, Solver, Unrolled
+from deq_jax import (
+    BackwardProbe,
+    Control,
+    GradientPolicy,
+    OneStep,
+    Phantom,
+    Picard,
+    Solver,
+    Unrolled,
+)
 from deq_jax.models.sequence import Segment
 from deq_jax.stability import (
     corrected_loss,
@@ -30,6 +39,18 @@ _BUDGET_STREAM = 3
 """Last word of the seed of the budgets' draws; without it two uses of a seed draw the same."""
 
 
+class Limits(NamedTuple):
+    """What ends a solve in one training step, in the place of the solver's own bounds.
+
+    Attributes:
+        budget: most evaluations.
+        tol: tolerance.
+    """
+
+    budget: Any
+    tol: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """How the layer is solved and differentiated.
@@ -40,6 +61,8 @@ class Phase:
         sample_at: evaluations whose states the loss looks at.
         sample_gradient: gradient policy of these states; None for `gradient`.
         pretraining: the solver stands in for a stack of weight-tied layers.
+        limits: bounds of this step; None for those of the solver. Phases that differ in nothing
+            else are equal, and share a compiled step.
     """
 
     solver: Solver
@@ -47,6 +70,7 @@ class Phase:
     sample_at: tuple[int, ...] = ()
     sample_gradient: GradientPolicy | None = None
     pretraining: bool = False
+    limits: Limits | None = dataclasses.field(default=None, compare=False)
 
 
 def training_phase(config: TrainingConfig, step: int, steps: int) -> Phase | None:
@@ -56,16 +80,16 @@ def training_phase(config: TrainingConfig, step: int, steps: int) -> Phase | Non
         return None
     if step < tools.pretrain_steps:
         return _pretraining(tools.pretrain_depth)
-    solver = config.solver
-    if tools.budget_drop:
+    solver, limits = config.solver, None
+    if tools.budget_drop or tools.first_tol is not None:
         draw = np.random.default_rng([config.seed, step, _BUDGET_STREAM])
         drop = int(draw.integers(tools.budget_drop + 1))
-        solver = dataclasses.replace(solver, max_iter=solver.max_iter - drop)
-    solver = dataclasses.replace(solver, tol=_tolerance(tools, config.solver.tol, step, steps))
+        tol = _tolerance(tools, solver.tol, step, steps)
+        limits = Limits(np.int32(solver.max_iter - drop), np.float32(tol))
     sample_at = evenly_spaced(solver.max_iter, tools.correction_states)
     # Intermediate states are not equilibria: an exact implicit gradient is wasted on them.
     cheap = not isinstance(gradient, Phantom | Unrolled)
-    return Phase(solver, gradient, sample_at, OneStep() if cheap else None)
+    return Phase(solver, gradient, sample_at, OneStep() if cheap else None, limits=limits)
 
 
 def evaluation_phase(config: TrainingConfig, step: int) -> Phase | None:
@@ -101,6 +125,7 @@ def forward(
     targets: jax.Array,
     probe: BackwardProbe | None,
     step: jax.Array,
+    limits: Limits | None = None,
 ) -> Outcome:
     """One pass in training, like `step.forward`, and what the stability tools add to the loss.
 
@@ -115,6 +140,7 @@ def forward(
         targets: `[B]` classes, or `[B, L]`.
         probe: where the backward solve reports.
         step: number of the step; all that is random depends on it and the seed.
+        limits: what ends the solve, in the place of the solver's own bounds.
     """
     # The equilibrium
     tools = config.stability
@@ -124,6 +150,10 @@ def forward(
     injection = model.injection(inputs)
     equation, like = model.core.equation(injection), model.zeros(injection)
     z0 = _start(tools, model, equation, injection, like, start_key)
+    own, control = model.core.solver, Control()
+    if limits is not None:
+        model.core.solver = dataclasses.replace(own, tol=limits.tol)
+        control = Control(budget=limits.budget)
     z, stats, *samples = model.core(
         injection,
         z0,
@@ -131,7 +161,9 @@ def forward(
         backward_probe=probe,
         sample_at=phase.sample_at,
         sample_gradient=phase.sample_gradient,
+        control=control,
     )
+    model.core.solver = own
     z = _cast_like(z, like)
 
     # The answer

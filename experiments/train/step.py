@@ -67,7 +67,7 @@ def make_train_step(
     phase: stability.Phase | None,
     mesh: Mesh | None,
     white: int,
-) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
+) -> Callable[..., tuple[TrainState, jax.Array]]:
     """A jitted training step, which uses up (donates) the state it is given.
 
     Besides the gradient of the parameters the step takes that of a `BackwardProbe`, which is how
@@ -83,29 +83,33 @@ def make_train_step(
         white: value of a white pixel, for images.
 
     Returns:
-        `train_step(state, batch) -> (state, loss)`.
+        `train_step(state, batch, limits=None) -> (state, loss)`, with the limits of the phase.
     """
     definition = definition_of(model, phase, training=True)
     counted = config.is_deq and not (phase and phase.pretraining)
 
-    def loss_of(params, probe, rest, memory, batch, step):
+    def loss_of(params, probe, rest, memory, batch, step, limits):
         # A copy: otherwise the call would write tracers into the outer model.
         model = nnx.merge(definition, params, rest, copy=True)
         inputs = network_inputs(batch, memory, white)
         if phase is None:
             outcome = forward(config, model, inputs, batch.targets, probe)
         else:
-            outcome = stability.forward(config, phase, model, inputs, batch.targets, probe, step)
+            outcome = stability.forward(
+                config, phase, model, inputs, batch.targets, probe, step, limits
+            )
         _, _, rest = split_model(model)
         return outcome.loss + outcome.extra, (outcome, rest)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+    def train_step(
+        state: TrainState, batch: Batch, limits: stability.Limits | None = None
+    ) -> tuple[TrainState, jax.Array]:
         # Forward and backward
         reports = counted and config.reports_backward
         probe = BackwardProbe.zeros(len(batch.targets)) if reports else None
         differentiate = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
         (loss, (outcome, rest)), (gradient, report) = differentiate(
-            state.params, probe, state.rest, state.memory, batch, state.step
+            state.params, probe, state.rest, state.memory, batch, state.step, limits
         )
 
         # Update

@@ -152,10 +152,11 @@ def test_a_page_shows_what_is_kept(measured):
         cells = shown[f"| {name}"]
         loss, _ = cells[1].split(" ± ")
         assert float(loss) == pytest.approx(statistics.mean(row["losses"]), rel=1e-3)
-        assert cells[2] == f"{row['parameters']:,}"
+        assert cells[2:4] == [str(SEEDS), f"{row['parameters']:,}"]
+        assert cells[-1] == row["date"]
     solves = [statistics.mean(rows["DEQ"][way]) for way in ("forward", "backward")]
-    assert shown["| DEQ"][3] == "{:.1f} / {:.1f}".format(*solves)
-    assert shown["| LSTM, tuned"][3] == "-"
+    assert shown["| DEQ"][4] == "{:.1f} / {:.1f}".format(*solves)
+    assert shown["| LSTM, tuned"][4] == "-"
     tried = rows["LSTM, tuned"]["trials"]
     words = f"lr 1e-9: {tried['lr 1e-9']:.4f}, lr 0.03: {tried['lr 0.03']:.4f}, lr 1e38: diverged"
     assert f"| LSTM, tuned | {words} |" in text
@@ -163,6 +164,7 @@ def test_a_page_shows_what_is_kept(measured):
 
 def test_losses_are_shown_with_the_deviation_of_a_sample():
     row = {"parameters": 12345, "steps": 600, "memory": 3 * 2**20, "seconds": [9.0, 0.2, 0.3]}
+    row["date"] = "2026-11-30"
     rows = {
         "three": row | {"trials": {"a": 0.25}, "losses": [1.0, 2.0, 4.5]},
         "one": row | {"trials": {}, "losses": [0.123456], "forward": [3], "backward": [4.26]},
@@ -170,10 +172,29 @@ def test_losses_are_shown_with_the_deviation_of_a_sample():
     context = {"date": "", "machine": "", "revision": "", "versions": "", "command": ""}
     text = controls.render({"copy": {"rows": rows, "context": context}})["copy"]
     # Squares of -1.5, -0.5 and 2 are 6.5, of which half is 1.8 squared and a third 1.5 squared.
-    assert "| three | 2.5 ± 2 | 12,345 | - | 0.300 | 3 MiB | 3.0 |" in text
-    assert "| one | 0.1235 | 12,345 | 3.0 / 4.3 | 0.300 | 3 MiB | 3.0 |" in text
+    assert "| three | 2.5 ± 2 | 3 | 12,345 | - | 0.300 | 3 MiB | 3.0 | 2026-11-30 |" in text
+    assert "| one | 0.1235 | 1 | 12,345 | 3.0 / 4.3 | 0.300 | 3 MiB | 3.0 | 2026-11-30 |" in text
     assert "| three | a: 0.2500 |" in text
-    assert "Losses are means and standard deviations of 3 seeds." in text
+    assert "Losses are means and standard deviations over the seeds. <sub>" in text
+    rows["one"]["date"] = "2026-12-01"
+    text = controls.render({"copy": {"rows": rows, "context": context}})["copy"]
+    assert "different days are not to be compared" in text
+
+
+def test_only_some_networks_are_measured_and_the_other_rows_stay(monkeypatch, tmp_path):
+    rows = {name: {"losses": [1.0]} for name in controls.NETWORKS["copy"]}
+    study = Study("controls", controls.render, docs=tmp_path)
+    study.keep("copy", {"rows": rows})
+    monkeypatch.setattr(controls, "STUDY", study)
+    monkeypatch.setattr(controls, "train", lambda *_: {"test_loss": 0.5, "step": 3})
+    monkeypatch.setattr(controls, "_timer", lambda path, row: lambda: [1.0])
+    config = controls.Config(networks=("GRU",), seeds=2)
+    measured = controls.measure("copy", config)["rows"]
+    assert list(measured) == list(controls.NETWORKS["copy"])
+    assert measured["GRU"]["losses"] == [0.5, 0.5]
+    assert measured["LSTM"] == {"losses": [1.0]}
+    with pytest.raises(SystemExit, match=r"unknown networks \['RNN'\]; known are: DEQ, "):
+        controls.measure("copy", controls.Config(networks=("RNN",)))
 
 
 def settings_of_trials():

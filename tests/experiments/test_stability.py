@@ -61,20 +61,21 @@ def test_pretraining_unrolls_and_then_the_solver_takes_over():
 def test_budgets_are_drawn_by_the_seed_and_the_step():
     drop = "--stability.budget-drop=2"
     one, again, other = (
-        [phase.solver.max_iter for phase in phases(300, drop, f"--seed={seed}")]
+        [int(phase.limits.budget) for phase in phases(300, drop, f"--seed={seed}")]
         for seed in (0, 0, 1)
     )
     assert set(one) == {10, 11, 12}
     assert all(one.count(budget) > 70 for budget in (10, 11, 12))
     assert one == again != other
+    assert len(set(phases(300, drop, "--stability.first-tol=0.27"))) == 1  # one compiled step
     config = settings(drop, "--stability.eval-max-iter=40")
     assert evaluation_phase(config, 3).solver.max_iter == 40
 
 
 def test_tolerances_fall_geometrically():
     flags = ("--stability.first-tol=0.27", "--stability.tol-stages=4")
-    got = [phase.solver.tol for phase in phases(8, *flags)]
-    np.testing.assert_allclose(got, np.repeat([0.27, 0.09, 0.03, 0.01], 2))
+    got = [phase.limits.tol for phase in phases(8, *flags)]
+    np.testing.assert_allclose(got, np.repeat([0.27, 0.09, 0.03, 0.01], 2), rtol=1e-6)
     assert evaluation_phase(settings(*flags), 0).solver.tol == 1e-2
 
 

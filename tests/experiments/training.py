@@ -143,7 +143,8 @@ class Parts:
             self.config, self.model, self.optimizer, phase, self.mesh, self.dataset.white
         )
         with self._meshed():
-            return step(self.place(state), loop.place(batch, self.mesh, P("data")))
+            limits = phase and phase.limits
+            return step(self.place(state), loop.place(batch, self.mesh, P("data")), limits)
 
     def evaluate(self, state, batches) -> dict[str, Any]:
         """The figures of an evaluation on some batches."""
