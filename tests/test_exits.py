@@ -19,7 +19,7 @@ X = np.array([0.5, -1.0, 2.0])
 JAXOPT = """
     FixedPointIteration AndersonAcceleration AndersonWrapper Broyden run_iterator
     custom_root custom_fixed_point root_vjp root_jvp reference_signature has_aux solve
-    init_state update aux
+    init_state update aux mixing_frequency maxls condition stop_if_linesearch_fails
     l2_optimality_error maxiter tol history_size beta ridge stepsize gamma verbose implicit_diff
     implicit_diff_solve jit unroll iter_num num_fun_eval error params solve_gmres solve_bicgstab
     solve_normal_cg
@@ -40,7 +40,7 @@ TORCHDEQ = """
 OPTIMISTIX = """
     fixed_point root_find FixedPointIteration Newton Chord Bisection Dogleg LevenbergMarquardt BFGS
     BestSoFarFixedPoint BestSoFarRootFinder minimise least_squares rtol atol damp implicit_jvp
-    args options max_steps adjoint ImplicitAdjoint linear_solver RecursiveCheckpointAdjoint throw
+    tags args options max_steps adjoint ImplicitAdjoint linear_solver RecursiveCheckpointAdjoint throw
     value result num_steps state aux has_aux norm max_norm rms_norm two_norm init step terminate
 """
 
