@@ -40,8 +40,9 @@ TORCHDEQ = """
 OPTIMISTIX = """
     fixed_point root_find FixedPointIteration Newton Chord Bisection Dogleg LevenbergMarquardt BFGS
     BestSoFarFixedPoint BestSoFarRootFinder minimise least_squares rtol atol damp implicit_jvp
-    tags args options max_steps adjoint ImplicitAdjoint linear_solver RecursiveCheckpointAdjoint throw
-    value result num_steps state aux has_aux norm max_norm rms_norm two_norm init step terminate
+    args options max_steps adjoint ImplicitAdjoint linear_solver RecursiveCheckpointAdjoint throw
+    value result num_steps state aux has_aux tags norm max_norm rms_norm two_norm init step
+    terminate
 """
 
 
