@@ -22,11 +22,14 @@ def drawn(dtype, components):
     rng = np.random.default_rng(0)
     eps = float(np.finfo(dtype).eps)
     size = 10 ** rng.uniform(-3, 3, SIZE)
-    a = [jnp.asarray(size * rng.normal(size=SIZE) * (eps / 4) ** i, dtype) for i in range(3)]
-    return a[:components], jnp.asarray(size * rng.normal(size=SIZE), dtype)
+    scale = 2.0**60 * size  # room for five components of float32
+    a = [jnp.asarray(scale * rng.normal(size=SIZE) * (eps / 4) ** i, dtype) for i in range(7)]
+    return a[:components], jnp.asarray(scale * rng.normal(size=SIZE), dtype)
 
 
-@pytest.mark.parametrize(("dtype", "count"), [("float32", 1), ("float32", 3), ("float64", 2)])
+@pytest.mark.parametrize(
+    ("dtype", "count"), [("float32", 1), ("float32", 4), ("float32", 5), ("float64", 2)]
+)
 @pytest.mark.parametrize("beta", [1638 / 2048, 1 / 2048])
 def test_a_step_and_the_step_back(dtype, count, beta, x64):
     kept = 1 - beta
