@@ -1,10 +1,6 @@
 """Backpropagation along a recomputed path, against backpropagation along a stored one."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +23,6 @@ from deq_jax.closure import close
 from deq_jax.gradients.policy import GradientPolicy
 from tests.reference import relative_error
 
-ROOT = Path(__file__).parents[2]
 WIDTH, BATCH = 6, 3
 
 
@@ -108,33 +103,6 @@ def test_the_gradient_is_that_of_all_iterates(beta, evaluations):
     assert report.residual.max() < (1e-5 if evaluations == 4 else 1e-6)
     np.testing.assert_array_equal(report.status, Status.CONVERGED)
     np.testing.assert_array_equal(report.iterations, evaluations)
-
-
-OPTIMISED = """
-import jax, jax.numpy as jnp, numpy as np
-from deq_jax import BackwardProbe, Reversed, Reversible, deq_fixed_point
-
-rng = np.random.default_rng(0)
-w, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((16, 16), (4, 16)))
-w = 0.9 * w / jnp.linalg.norm(w, 2)
-
-def loss(w, probe):
-    options = {"solver": Reversible(0.8, tol=0.0, max_iter=44), "gradient": Reversed()}
-    f = lambda w, z, x: jnp.tanh(z @ w + x)
-    return deq_fixed_point(f, w, x, backward_probe=probe, **options).sum()
-
-print(jax.jit(jax.grad(loss, 1))(w, BackwardProbe.zeros(4)).residual.max())
-"""
-
-
-@pytest.mark.slow
-def test_the_way_back_with_all_of_the_compilers_optimisations():
-    """The tests compile without them. Among them is the fusion of products and sums."""
-    environment = {name: v for name, v in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-c", OPTIMISED]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1e-6
 
 
 def test_too_few_components_are_reported():
