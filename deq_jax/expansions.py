@@ -31,13 +31,17 @@ def two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def halves(a: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two numbers of about half the significant bits whose sum is exactly `a`, float32 or 64."""
-    bits = jnp.finfo(a.dtype).bits
-    kind = jnp.uint32 if bits == 32 else jnp.uint64
-    low = (jnp.finfo(a.dtype).nmant + 1) // 2  # 12 of 24 bits, 26 of 53
-    mask = kind((1 << bits) - (1 << low))
-    upper = lax.bitcast_convert_type(lax.bitcast_convert_type(a, kind) & mask, a.dtype)
+    upper = without_last_bits(a, (jnp.finfo(a.dtype).nmant + 1) // 2)  # 12 of 24 bits, 26 of 53
     # The rest of an infinity would be a NaN.
     return upper, jnp.where(jnp.isfinite(a), a - upper, 0)
+
+
+def without_last_bits(a: jax.Array, count: int) -> jax.Array:
+    """`a` with the last bits of its significand cleared, float32 or float64."""
+    bits = jnp.finfo(a.dtype).bits
+    kind = jnp.uint32 if bits == 32 else jnp.uint64
+    mask = kind((1 << bits) - (1 << count))
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(a, kind) & mask, a.dtype)
 
 
 def products(factor: jax.Array, terms: Sequence[jax.Array]) -> list[jax.Array]:
@@ -67,10 +71,15 @@ def rounded(terms: Sequence[jax.Array], count: int) -> list[jax.Array]:
 
 
 def quotient(terms: Sequence[jax.Array], factor: jax.Array, count: int) -> list[jax.Array]:
-    """`Σ terms / factor` as an expansion of `count` components, by long division."""
+    """`Σ terms / factor` as an expansion of `count` components, by long division.
+
+    One digit more than there are components makes up for the bit that each digit lacks.
+    """
     rest, digits = rounded(terms, count + 1), []
     for _ in range(count + 1):
-        digit = rest[0] / factor
+        # A compiler may divide by a product with the inverse, and join that with each sum that it
+        # is part of, without rounding it. Behind an operation on its bits it is one number.
+        digit = without_last_bits(rest[0] / factor, 1)
         digits.append(digit)
         # Exact: the terms of rest - factor · digit.
         rest = rounded([*rest, *products(-factor, [digit])], count + 1)

@@ -1,6 +1,10 @@
 """Sums of floats against exact fractions."""
 
+import os
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +26,14 @@ def drawn(dtype, components):
     rng = np.random.default_rng(0)
     eps = float(np.finfo(dtype).eps)
     size = 10 ** rng.uniform(-3, 3, SIZE)
-    a = [jnp.asarray(size * rng.normal(size=SIZE) * (eps / 4) ** i, dtype) for i in range(3)]
-    return a[:components], jnp.asarray(size * rng.normal(size=SIZE), dtype)
+    scale = 2.0**60 * size  # room for five components of float32
+    a = [jnp.asarray(scale * rng.normal(size=SIZE) * (eps / 4) ** i, dtype) for i in range(7)]
+    return a[:components], jnp.asarray(scale * rng.normal(size=SIZE), dtype)
 
 
-@pytest.mark.parametrize(("dtype", "count"), [("float32", 1), ("float32", 3), ("float64", 2)])
+@pytest.mark.parametrize(
+    ("dtype", "count"), [("float32", 1), ("float32", 4), ("float32", 5), ("float64", 2)]
+)
 @pytest.mark.parametrize("beta", [1638 / 2048, 1 / 2048])
 def test_a_step_and_the_step_back(dtype, count, beta, x64):
     kept = 1 - beta
@@ -61,3 +68,41 @@ def test_halves_are_exact_and_short(x64):
             mantissa = np.frexp(np.asarray(half, np.float64))[0] * 2**bits
             np.testing.assert_array_equal(mantissa, np.round(mantissa))
     np.testing.assert_array_equal(expansions.halves(jnp.float32([np.inf, 0]))[1], 0)
+
+
+OPTIMISED = """
+from fractions import Fraction
+import jax, jax.numpy as jnp, numpy as np
+from deq_jax import expansions
+
+rng = np.random.default_rng(0)
+a = [jnp.asarray(rng.normal(size=200) * 2.0 ** (-25 * i), jnp.float32) for i in range(4)]
+b = jnp.asarray(rng.normal(size=200), jnp.float32)
+beta = jnp.float32(1638 / 2048)
+kept = 1 - beta
+
+@jax.jit
+def there(a, b):
+    terms = expansions.products(kept, a) + expansions.products(beta, [b])
+    return expansions.rounded(terms, 4)
+
+@jax.jit
+def back(c, b):
+    return expansions.quotient([*c, *expansions.products(-beta, [b])], kept, 4)
+
+errors = [
+    abs(sum(Fraction(float(x)) for x in got) - sum(Fraction(float(x)) for x in a))
+    for got, a in zip(zip(*back(there(a, b), b)), zip(*a))
+]
+print(float(max(errors)))
+"""
+
+
+@pytest.mark.slow
+def test_with_all_of_the_compilers_optimisations():
+    """The tests compile without them. Among them is the fusion of products and sums."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command, root = [sys.executable, "-c", OPTIMISED], Path(__file__).parents[1]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 2**-90

@@ -91,7 +91,7 @@ def along_the_pair(beta, evaluations):
 
 
 @pytest.mark.parametrize("beta", [0.5, 1638 / 2048])
-@pytest.mark.parametrize("evaluations", [4, 16, 64])
+@pytest.mark.parametrize("evaluations", [4, 16, pytest.param(64, marks=pytest.mark.slow)])
 def test_the_gradient_is_that_of_all_iterates(beta, evaluations):
     """Float32 against float64: what is left is the rounding of f and of the sums."""
     params, x, y = single(problem())
