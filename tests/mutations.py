@@ -91,8 +91,8 @@ FAULTS = [
     Fault(
         "Newton stands still where no correction was found",
         "solvers/newton_krylov.py",
-        "correction = tree.where(sound, correction, g)",
-        "correction = tree.where(sound, correction, 0 * g)",
+        "(found > 0), correction, g)",
+        "(found > 0), correction, 0 * g)",
         "solvers/test_newton_krylov.py",
     ),
     # Columns.
