@@ -34,8 +34,9 @@ class Captured:
     """
 
     def __init__(self, function: Callable[..., Any]):
-        given = isinstance(function, Captured)
-        self.function: Callable[..., Any] = function.function if given else function
+        given: Any = function
+        taken = given.function if isinstance(given, Captured) else given
+        self.function: Callable[..., Any] = taken
 
     def __call__(self, *args: Any) -> Any:
         """The function's value."""
@@ -108,7 +109,8 @@ def _take_apart(
     def rebuild(given: Iterator[Any]) -> Any:
         return build([part(given) for _, part in taken])
 
-    key = None if None in keys else (type(value), _fixed(value, build), *keys)
+    kind: Any = type(value)
+    key = None if None in keys else (kind, _fixed(value, build), *keys)
     return key, rebuild
 
 

@@ -248,10 +248,11 @@ def _divide(leaf: jax.Array, scale: jax.Array) -> jax.Array:
 
 def _scales_like(scales: PyTree, z: PyTree) -> PyTree:
     """The scales in the dtypes of the leaves of `z`; checks that they fit."""
-    if jax.tree.structure(scales) != jax.tree.structure(z):
+    structures: list[Any] = [jax.tree.structure(scales), jax.tree.structure(z)]
+    if structures[0] != structures[1]:
         raise ValueError(
-            f"Control.scales must have the structure of the state: got "
-            f"{jax.tree.structure(scales)}, expected {jax.tree.structure(z)}"
+            f"Control.scales must have the structure of the state: got {structures[0]}, "
+            f"expected {structures[1]}"
         )
 
     def cast(name: str, scale: Any, leaf: jax.Array) -> jax.Array:

@@ -68,7 +68,7 @@ class Program:
 
     def output(self, index: int) -> "Program":
         """The program of the item `index` of the tuple that this one returns."""
-        trees = jax.tree_util.treedef_children(self.out_tree)
+        trees: list[Any] = jax.tree_util.treedef_children(self.out_tree)
         begin = sum(tree.num_leaves for tree in trees[:index])
         outvars = self.jaxpr.outvars[begin : begin + trees[index].num_leaves]
         jaxpr = _compat.without_dead_code(self.jaxpr, outvars)

@@ -1,6 +1,7 @@
 """A progress meter for a compiled solve: tqdm, told by a callback from the loop."""
 
 import dataclasses
+import importlib
 from typing import Any
 
 import jax
@@ -54,7 +55,7 @@ _bars: dict[Progress, Any] = {}
 
 def _new_bar(total: int) -> Any:
     try:
-        from tqdm import tqdm
+        tqdm = importlib.import_module("tqdm")
     except ImportError as error:
         raise ImportError("Execution(progress=...) needs tqdm; install it with pip") from error
-    return tqdm(total=total, desc="solve", unit="evaluation")
+    return tqdm.tqdm(total=total, desc="solve", unit="evaluation")

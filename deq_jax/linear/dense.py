@@ -65,7 +65,7 @@ class Dense(LinearMethod):
 
     tol: Real = 1e-4
 
-    preconditioner: ClassVar[None] = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    preconditioner: ClassVar[None] = None  # type: ignore[misc]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
         checks.check_number(self, "tol", at_least=0.0)
