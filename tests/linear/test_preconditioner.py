@@ -61,10 +61,10 @@ def nearly_inverse(diagonal):
     return lambda z, v: v / (1 - diagonal)
 
 
-def tilted(diagonal):
-    """Not its own transpose, so that a forgotten transpose is seen."""
-    tilt = jnp.eye(N) + jnp.asarray(np.triu(RNG.normal(size=(N, N)), 1) / N)
-    return lambda z, v: (v @ tilt.T) / (1 - diagonal)
+def inverse(diagonal):
+    """Not its own transpose, so that one that is forgotten costs many products."""
+    dense = np.linalg.inv(np.eye(N) - np.diag(DIAGONAL) - COUPLING)
+    return lambda z, v: v @ jnp.asarray(dense).T
 
 
 def check(gradient, rtol=1e-5):
@@ -88,10 +88,11 @@ def test_a_third_of_the_products_on_an_ill_conditioned_diagonal_problem(solver):
     "solver", [GMRES(N, 1e-9, 400), Anderson(tol=1e-9)], ids=lambda solver: type(solver).__name__
 )
 def test_it_is_transposed_in_krylov_methods_and_solvers_of_fixed_points(solver):
-    gradient = gradient_and_report(lambda d: Implicit(solver, preconditioner=tilted(d)))
+    """The exact inverse, transposed, leaves nothing to iterate."""
+    gradient = gradient_and_report(lambda d: Implicit(solver, preconditioner=inverse(d)))
     check(gradient)
     assert (gradient[2].residual <= 1e-9).all()
-    assert gradient[2].evaluations < 30
+    assert gradient[2].evaluations <= 4
 
 
 def test_a_useless_preconditioner_is_no_lie():
