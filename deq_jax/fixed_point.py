@@ -44,15 +44,8 @@ class _Options(TypedDict, total=False):
     batched: bool
     backward_probe: BackwardProbe | None
     sample_gradient: GradientPolicy | tuple[GradientPolicy, ...] | None
-    has_aux: Literal[False]
-    pass_step: Literal[False]
     control: Control
     execution: Execution
-
-
-class _AllOptions(_Options, total=False):
-    has_aux: bool  # type: ignore[misc]
-    pass_step: bool  # type: ignore[misc]
 
 
 @overload
@@ -109,14 +102,43 @@ def deq_fixed_point(
 
 @overload
 def deq_fixed_point(
-    f: Callable[..., Any],
+    f: Callable[[Any, State, Any], State],
     params: Any,
     x: Any,
     z0: Any = None,
     *,
     return_stats: bool = False,
     sample_at: tuple[int, ...] = (),
-    **options: Unpack[_AllOptions],
+    **options: Unpack[_Options],
+) -> Any: ...
+
+
+@overload
+def deq_fixed_point(
+    f: Callable[..., Any],
+    params: Any,
+    x: Any,
+    z0: Any = None,
+    *,
+    has_aux: bool,
+    pass_step: bool = False,
+    return_stats: bool = False,
+    sample_at: tuple[int, ...] = (),
+    **options: Unpack[_Options],
+) -> Any: ...
+
+
+@overload
+def deq_fixed_point(
+    f: Callable[..., Any],
+    params: Any,
+    x: Any,
+    z0: Any = None,
+    *,
+    pass_step: bool,
+    return_stats: bool = False,
+    sample_at: tuple[int, ...] = (),
+    **options: Unpack[_Options],
 ) -> Any: ...
 
 

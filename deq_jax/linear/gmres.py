@@ -77,7 +77,7 @@ class GMRES(Restarted):
         """One Krylov space of at most `restart` dimensions."""
         budget = self.max_iter if budget is None else budget
         product = preconditioned(product, precondition)
-        steps = min(self.restart, self.max_iter, tree.unknowns(r))
+        steps = max(1, min(self.restart, self.max_iter, tree.unknowns(r)))
         size = tree.norm(r)
         zeros = 0 * size
         safe_size = jnp.where(size > 0, size, 1)

@@ -112,8 +112,10 @@ def test_settings_by_the_names_of_their_flags():
         "optim.lr": "optim.lr was 0.001, is now 0.5",
         "solver": "solver was Anderson, is now Picard",
         "solver.damping": "solver.damping was absent, is now 1.0",
+        "solver.decay": "solver.decay was absent, is now 0.5",
         "solver.history": "solver.history was 5, is now absent",
         "solver.mixing": "solver.mixing was 1.0, is now absent",
+        "solver.patience": "solver.patience was absent, is now None",
         "solver.ridge": "solver.ridge was 0.0001, is now absent",
     }
     json.dumps(settings, allow_nan=False)
