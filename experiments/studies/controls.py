@@ -3,8 +3,8 @@
 Each network is tried with the same learning rates, for all steps, and judged on a validation part
 of the training text. The best rate is trained with three seeds on the whole training text, and the
 end of the text, which no trial has seen, is reported on. A training that was interrupted goes on
-where it was. Shorter trials mislead: after a quarter of the steps eight blocks with weights of their
-own are best at 0.008, a rate at which they end far behind their result at 0.004.
+where it was. Shorter trials mislead: after a quarter of the steps, eight blocks with weights of
+their own are best at a rate of 0.008, at which they end far behind their result at 0.004.
 
 The time of a step is the median of interleaved rounds at the end of training, so that it does not
 matter what else the machine did while the networks were trained. The memory is that of the
