@@ -44,12 +44,21 @@ def register_options(cls: type[T] | None = None, *, data: tuple[str, ...] = ()) 
 def _register_options(cls: type[T], always: tuple[str, ...]) -> type[T]:
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
+    def flatten(options: Any) -> tuple[list[Any], Any]:
+        data, children, static = [], [], []
+        for name in names:
+            value = getattr(options, name)
+            if name in always or _is_data(value):
+                data.append(name)
+                children.append(value)
+            else:
+                static.append((name, value))
+        return children, (tuple(data), tuple(static))
+
     def flatten_with_keys(options: Any) -> tuple[list[Any], Any]:
-        values = {name: getattr(options, name) for name in names}
-        data = [name for name in names if name in always or _is_data(values[name])]
-        static = tuple((name, values[name]) for name in names if name not in data)
-        children = [(jax.tree_util.GetAttrKey(name), values[name]) for name in data]
-        return children, (tuple(data), static)
+        children, aux = flatten(options)
+        keys = map(jax.tree_util.GetAttrKey, aux[0])
+        return list(zip(keys, children, strict=True)), aux
 
     def unflatten(aux: Any, children: Any) -> Any:
         data, static = aux
@@ -58,7 +67,7 @@ def _register_options(cls: type[T], always: tuple[str, ...]) -> type[T]:
             object.__setattr__(options, name, value)
         return options
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
 
 

@@ -380,7 +380,9 @@ class _CloseAndSolve:
         closed, watch = closed_problem(
             f.value, params.value, x.value, z0, control, self.setup, value_only=self.value_only
         )
-        held = Held((solver, policies, control.without_functions()))
+        plain = control.without_functions()
+        if plain is not control:
+            held = Held((solver, policies, plain))
         return _solve_compiled(closed, z0, held, watch, probe, self.setup)
 
 
