@@ -216,9 +216,10 @@ def implicit(
         Array(-0.25, dtype=float32, weak_type=True)
 
     Args:
-        equation: `f(params, z, x)`, see `attach_gradient`. It does get gradients through what it
-            closes over. For a function of `(z, *arguments)`, as jaxopt's `custom_root` took it,
-            write `lambda params, z, x: optimality_fun(z, *params)`, and call the decorated
+        equation: `f(params, z, x)`, see `attach_gradient`. Arrays that the equation closes over
+            get gradients, unlike those that `solve` closes over. For a function of
+            `(z, *arguments)`, as jaxopt's `custom_root` took it, write
+            `lambda params, z, x: optimality_fun(z, *params)`, and call the decorated
             `solve(params, x)` with the tuple of arguments as params and None as x.
         gradient: see `attach_gradient`.
         form: see `attach_gradient`.

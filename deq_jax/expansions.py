@@ -52,7 +52,8 @@ def products(factor: jax.Array, terms: Sequence[jax.Array]) -> list[jax.Array]:
 def rounded(terms: Sequence[jax.Array], count: int) -> list[jax.Array]:
     """The sum of the terms as an expansion of `count` components.
 
-    Each pass adds up what is left, and keeps the rounding error of every addition for the next.
+    Each pass adds up the remaining terms. The rounding errors of its additions are the terms of the
+    next pass.
     """
     rest, components = list(terms), []
     for _ in range(count):

@@ -51,8 +51,8 @@ class Reversed:
     It bounds the error of all points between. `iterations` are the steps backwards, and the status
     is `CONVERGED` where the residual is at most √eps of the state's dtype, 3e-4 in float32.
 
-    For first derivatives in reverse mode, and for f that treat samples independently; with
-    `batched=False` f may mix what it likes.
+    It has first derivatives in reverse mode only. f must treat samples independently. With
+    `batched=False` the whole state is one sample, and f may combine all of it.
 
     Raises:
         TypeError: the solver is not `Reversible`.
@@ -89,8 +89,8 @@ class Reversed:
         """See `GradientPolicy`; `probe` takes up the report of the backward pass."""
         if f.takes_step:
             raise ValueError(
-                "Reversed() computes the iterates again from the last two, by one and the same f; "
-                "it does not go with pass_step=True. Take Unrolled()"
+                "Reversed() computes the iterates again, from the last to the first, and needs the "
+                "same f in every evaluation; it does not go with pass_step=True. Take Unrolled()"
             )
         if control.select != "best":
             raise ValueError(

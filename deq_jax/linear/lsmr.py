@@ -28,14 +28,14 @@ from deq_jax.linear.krylov import (
 class LSMR(Restarted):
     """LSMR: the shortest u with the smallest `‖(I - A) u - y‖² + damping² ‖u‖²`.
 
-    Products with A and with its transpose, which JAX makes, so that an iteration costs two. The
-    method to take where I - A is singular and y is orthogonal to what it cannot reach: a loss that
-    does not depend on the gauge of z* (the phase of an eigenvector, the rotation of orbitals). It
-    also serves where the eigenvalues of I - A surround zero and GMRES stagnates.
+    Each iteration costs two products, one with A and one with its transpose, which JAX derives.
+    Take this method where I - A is singular and y lies in the range of I - A. That is so for a loss
+    that does not depend on the gauge of z* (the phase of an eigenvector, the rotation of orbitals).
+    LSMR also serves where the eigenvalues of I - A surround zero and GMRES stagnates.
 
     Where the system has no solution, the least-squares solution is returned with its true residual,
-    and its status is not `CONVERGED`. Such a u is not the gradient of an equation with a conserved
-    quantity, of which `GroupInverse` is.
+    and its status is not `CONVERGED`. For an equation with a conserved quantity this solution gives
+    a wrong gradient; `GroupInverse` gives the right one.
 
     Memory: 6 states in float32 or wider.
 
