@@ -1,8 +1,9 @@
 """The DEQ-Transformer beside its controls, tuned alike, trained for the same steps.
 
-Each network is tried with the same learning rates, for all steps, and judged on a validation part
-of the training text. The best rate is trained with three seeds on the whole training text, and the
-end of the text, which no trial has seen, is reported on. A training that was interrupted goes on
+Each network looks for its learning rate alike: it is trained for all steps with 0.002 and with the
+rates next to it, then with those next to the best one, until both neighbours of the best are worse
+on a validation part of the training text. The best rate is trained with three seeds on the whole
+training text, and the end of the text, which no trial has seen, is reported on. A training that was interrupted goes on
 where it was. Shorter trials mislead: after a quarter of the steps, eight blocks with weights of
 their own are best at a rate of 0.008, at which they end far behind their result at 0.004.
 
@@ -16,6 +17,7 @@ temporaries of the compiled step.
 
 import dataclasses
 import datetime
+import math
 import pathlib
 import statistics
 import time
@@ -47,15 +49,15 @@ class Network:
 
     Attributes:
         flags: what makes it this network.
-        trials: further flags by the trial's name, of which the best are taken; the first where
-            nothing is tuned.
+        trials: further flags by the trial's name, in order, of which the best are taken; the first
+            where nothing is tuned.
     """
 
     flags: Flags
     trials: dict[str, Flags]
 
 
-_RATES = {f"lr {rate}": (f"--optim.lr={rate}",) for rate in (0.001, 0.002, 0.004, 0.008)}
+_RATES = {f"lr {rate}": (f"--optim.lr={rate}",) for rate in (0.001, 0.002, 0.004, 0.008, 0.016)}
 _EQUAL = ("--network.features=68", "--network.hidden-features=272", "--cell.heads=4")
 _NARROW = ("--network.features=16", "--network.hidden-features=36")
 _RECURRENT = ("--network.features=10",)
@@ -126,19 +128,33 @@ def train(
 
 
 def tune(part: str, name: str, config: Config) -> dict[str, float | None]:
-    """The validation loss of each trial of a network; none where nothing is tuned.
+    """The validation loss of the trials of a network; none where nothing is tuned.
 
-    A trial is trained with the first seed. One that diverges has no loss.
+    A trial is trained with the first seed. One that diverges has no loss. The search begins with
+    the second trial and goes on until both neighbours of the best one are worse.
     """
     network = NETWORKS[part][name]
-    if len(network.trials) == 1:
+    names = list(network.trials)
+    if len(names) == 1:
         return {}
-    losses = {}
-    for trial, flags in network.trials.items():
-        folder = pathlib.Path(config.runs, part, _slug(name), _slug(trial))
-        result = train(part, folder, (*TRIAL, *network.flags, *flags), config)
-        losses[trial] = None if result is None else result["validation_loss"]
-    return losses
+    losses: dict[str, float | None] = {}
+
+    def loss(trial: str) -> float:
+        if trial not in losses:
+            folder = pathlib.Path(config.runs, part, _slug(name), _slug(trial))
+            flags = (*TRIAL, *network.flags, *network.trials[trial])
+            result = train(part, folder, flags, config)
+            losses[trial] = None if result is None else result["validation_loss"]
+        found = losses[trial]
+        return math.inf if found is None else found
+
+    best = 1
+    while True:
+        near = range(max(best - 1, 0), min(best + 2, len(names)))
+        better = min(near, key=lambda place: loss(names[place]))
+        if better == best:
+            return {trial: losses[trial] for trial in names if trial in losses}
+        best = better
 
 
 def measure(part: str, config: Config) -> Part:
