@@ -3,9 +3,10 @@
 Each network looks for its learning rate alike: it is trained for all steps with 0.002 and with the
 rates next to it, then with those next to the best one, until both neighbours of the best are worse
 on a validation part of the training text. The best rate is trained with three seeds on the whole
-training text, and the end of the text, which no trial has seen, is reported on. A training that was interrupted goes on
-where it was. Shorter trials mislead: after a quarter of the steps, eight blocks with weights of
-their own are best at a rate of 0.008, at which they end far behind their result at 0.004.
+training text, and the end of the text, which no trial has seen, is reported on. A training that was
+interrupted goes on where it was. Shorter trials mislead: after a quarter of the steps, eight blocks
+with weights of their own are best at a rate of 0.008, at which they end far behind their result at
+0.004.
 
 The time of a step is the median of interleaved rounds at the end of training, so that it does not
 matter what else the machine did while the networks were trained. The memory is that of the
