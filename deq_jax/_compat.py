@@ -140,9 +140,19 @@ def _axis_names() -> list[str]:
     return untyped.unsafe_get_axis_names_DO_NOT_USE()
 
 
+def tracks_varying_axes(axis: str) -> bool:
+    """Whether the surrounding `shard_map` over the axis keeps track of what varies (`check_vma`)."""
+    return bool(varying_axes(lax.axis_index(axis)))
+
+
 def varying_axes(leaf: Any) -> frozenset[str]:
     """The mesh axes of a `shard_map` over which an array varies; empty outside of one."""
     return jax.typeof(leaf).manual_axis_type.varying
+
+
+def varying_axes_of(atom: Any) -> frozenset[str]:
+    """`varying_axes` of a variable or literal in a jaxpr."""
+    return atom.aval.manual_axis_type.varying
 
 
 def manual_axes() -> frozenset[str]:

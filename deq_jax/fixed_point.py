@@ -433,7 +433,7 @@ def _watch(f: Closure, control: Control, z0: PyTree, setup: Setup) -> Watch:
     if control.is_local and control.budget is None and control.norm == "l2":
         return Watch()
     z = z0 if setup.batched else add_batch_axis(z0)
-    z = jax.lax.stop_gradient(tree.vary_over(z, tree.varying_axes(f)))
+    z = jax.lax.stop_gradient(tree.vary_over(z, f.state_axes))
     aux = _aux_shapes(f, z, setup) if control.watches else None
     return Watch.of(control, z, aux, setup.batched)
 
@@ -465,7 +465,7 @@ def _solve(
             if probe is not None:
                 per_sample = {k: jnp.atleast_1d(a) for k, a in probe._asdict().items()}
                 probe = BackwardProbe(**per_sample)._replace(evaluations=probe.evaluations)
-        z0 = jax.lax.stop_gradient(tree.vary_over(z0, tree.varying_axes(closed)))
+        z0 = jax.lax.stop_gradient(tree.vary_over(z0, closed.state_axes))
         solution = _solve_and_attach(closed, z0, held, watch, probe, setup)
         solution = dataclasses.replace(solution, state=None, sample_steps=())
         if batched:
@@ -608,6 +608,7 @@ def solve_adjoint(
                 f"expected {leaf.dtype}"
             )
     cotangent = jax.tree.map(lambda y, z: jnp.asarray(y, z.dtype), cotangent, z)
+    z = tree.vary_over(z, tree.varying_axes(cotangent))
     closed = close(f, params, x, z, batched=batched)
     return _solve_adjoint_compiled(closed, z, cotangent, Held(solver), batched)
 
@@ -616,8 +617,7 @@ def _solve_adjoint(f: Closure, z: PyTree, cotangent: PyTree, held: Held, batched
     if not batched:
         z, cotangent = add_batch_axis(z), add_batch_axis(cotangent)
     f, z, cotangent = jax.lax.stop_gradient((f, z, cotangent))
-    axes = tree.varying_axes((f, z, cotangent))
-    z, cotangent = tree.vary_over((z, cotangent), axes)
+    z, cotangent = tree.vary_over((z, cotangent), f.state_axes)
     system = Affine.of(f, z, cotangent, transposed=True)
     u, stats = Solved(held)(system, report=True)
     return Solution(u, stats) if batched else Solution(drop_batch_axis(u), stats.single())

@@ -125,7 +125,7 @@ def start(
 @functools.partial(jax.jit, static_argnames=("setup",))
 def _start(closed: Closure, watch: Watch, held: Held, z0: PyTree, setup: Setup) -> SolveState:
     z0 = z0 if setup.batched else add_batch_axis(z0)
-    z0 = lax.stop_gradient(tree.vary_over(z0, tree.varying_axes(closed)))
+    z0 = lax.stop_gradient(tree.vary_over(z0, closed.state_axes))
     empty: Any = None
     state = SolveState(closed, watch, held, empty, setup)
     return dataclasses.replace(state, carry=state._loop().begin(z0, None))

@@ -76,6 +76,8 @@ def safe_norm(a: PyTree) -> jax.Array:
 def any_of(flags: jax.Array, mesh_axes: tuple[str, ...]) -> jax.Array:
     """`jnp.any(flags)`, over the devices along these axes of a `shard_map` too."""
     found = jnp.any(flags)
+    varies = varying_axes(found)  # along all other axes the devices agree already
+    mesh_axes = tuple(a for a in mesh_axes if a in varies or not _compat.tracks_varying_axes(a))
     return lax.pmax(found.astype(jnp.int32), mesh_axes) > 0 if mesh_axes else found
 
 
