@@ -82,6 +82,15 @@ def without_dead_code(jaxpr: Any, outvars: Sequence[Any]) -> Any:
     return with_equations(jaxpr, jaxpr.invars, equations[::-1], outvars)
 
 
+def bind(jaxpr: Any, equation: Any, values: Sequence[Any], **params: Any) -> list[Any]:
+    """The outputs of an equation of `jaxpr` on these values; `params` replace some of its own."""
+    invars = [new_variable(atom) for atom in equation.invars]
+    outvars = [new_variable(variable) for variable in equation.outvars]
+    params = {**equation.params, **params}
+    equation = equation.replace(invars=invars, outvars=outvars, params=params)
+    return evaluate(with_equations(jaxpr, invars, [equation], outvars), values)
+
+
 def new_variable(like: Any) -> Any:
     """A variable of the type of `like` that occurs nowhere else."""
     return core.Var(like.aval)
@@ -141,7 +150,7 @@ def _axis_names() -> list[str]:
 
 
 def tracks_varying_axes(axis: str) -> bool:
-    """Whether the surrounding `shard_map` over the axis keeps track of what varies (`check_vma`)."""
+    """Whether the `shard_map` over this axis keeps track of what varies (`check_vma=True`)."""
     return bool(varying_axes(lax.axis_index(axis)))
 
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from deq_jax import _compat, checks, kept, tree
+from deq_jax import _compat, checks, draws, kept, tree
 from deq_jax.mixing import check_apart
 from deq_jax.precision import cast, cast_like
 from deq_jax.program import Program
@@ -259,6 +259,7 @@ def close(
     pass_step: bool = False,
     sizes: Sequence[int] = (),
     value_only: bool = False,
+    shard_axes: tuple[str, ...] = (),
 ) -> Closure:
     """Traces `z -> f(params, z, x)` and checks that f returns the form of z.
 
@@ -278,6 +279,8 @@ def close(
             `Closure.takes_step`.
         sizes: also trace f for these numbers of samples, as `Closure.parts`.
         value_only: see `Program`.
+        shard_axes: mesh axes over whose shards the batch is split: random numbers are drawn as for
+            the whole batch.
 
     Raises:
         ValueError: f returns another structure, shape or dtype; names the leaf, got and expected.
@@ -301,17 +304,24 @@ def close(
         fz = call_checked(f, params, drop_batch_axis(z), x, step, cell_dtype, has_aux)
         return (add_batch_axis(fz[0]), fz[1]) if has_aux else add_batch_axis(fz)
 
+    def widen(arguments: Held, step: jax.Array | None, z: PyTree) -> tuple[PyTree, ...]:
+        params, x = arguments.value
+        x, step, z = draws.repeated((Held(x), step, z), shard_axes)
+        return Held((params, x.value)), step, z
+
+    drawn = draws.as_on_one_device(function, widen, shard_axes) if shard_axes else function
+
     def traced(arguments: Held, z: PyTree, *, casts: bool = False) -> Any:
         step = tree.zeros_per_sample(z).astype(jnp.int32) if pass_step else None
 
         def varying(arguments: Held, step: jax.Array | None, z: PyTree) -> PyTree:
-            value = function(arguments, step, z)
+            value = drawn(arguments, step, z)
             fz, *aux = value if has_aux else (value,)
             fz = tree.vary_over(fz, tree.varying_axes(z))
             return (fz, *aux) if has_aux else fz
 
-        options = f, batched, cell_dtype, has_aux, casts
-        return _trace(varying if casts else function, options, arguments, step, z)
+        options = f, batched, cell_dtype, has_aux, casts, shard_axes
+        return _trace(varying if casts else drawn, options, arguments, step, z)
 
     def closed(arguments: Held, z: PyTree) -> Closure:
         jaxpr, captured, out_tree = _trace_over_mesh(traced, arguments, z)
@@ -375,8 +385,8 @@ def _check_uses(whole: Closure, part: Closure, shrink_to: int) -> None:
 def _trace_over_mesh(traced: Callable[..., Any], arguments: Held, z: PyTree) -> Any:
     """`traced(arguments, z)`, with z varying over the same mesh axes of a `shard_map` as f(z).
 
-    They are the axes of all that f uses, without those that f sums away: `tanh(psum(z @ w, "model"))`
-    is the same on all devices along `model`, although w is not.
+    They are the axes of all that f uses, without those that f sums away: with w split over the axis
+    `model`, `tanh(psum(z @ w, "model"))` is the same on all devices along it.
     """
     if not _compat.manual_axes():
         return traced(arguments, z)

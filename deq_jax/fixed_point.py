@@ -333,16 +333,17 @@ def _run(
     probe: BackwardProbe | None,
 ) -> Solution:
     """Checks and casts the arguments, closes f and solves."""
-    setup, axis = task.setup, task.setup.execution.shard_axis
+    setup = task.setup
     z0 = checked_start(x, z0, setup)
     _check_probe(probe, z0, setup.batched)
-    solve_closed = _CloseAndSolve(setup, _compat.at_top_level())
     held = Held((task.solver, task.policies, task.control))
     arguments = (Held(f), Held(params), Held(x), z0, held, probe)
-    mesh = sharding.find_mesh(axis, x, z0, setup.batched)
-    if mesh is None or axis is None:
+    named = sharding.as_axes(setup.execution.shard_axis)
+    mesh, axes = sharding.find_mesh(named, x, z0, setup.batched)
+    solve_closed = _CloseAndSolve(setup, _compat.at_top_level(), axes)
+    if mesh is None:
         return solve_closed(*arguments)
-    return sharding.solve_shards(solve_closed, arguments, axis, mesh)
+    return sharding.solve_shards(solve_closed, arguments, axes, mesh)
 
 
 def checked_start(x: PyTree, z0: PyTree | None, setup: Setup) -> PyTree:
@@ -367,10 +368,12 @@ class _CloseAndSolve:
     Attributes:
         setup: the static options.
         value_only: see `Program`.
+        shard_axes: the mesh axes over whose shards the batch is split.
     """
 
     setup: Setup
     value_only: bool
+    shard_axes: tuple[str, ...]
 
     def __call__(
         self, f: Held, params: Held, x: Held, z0: PyTree, held: Held, probe: BackwardProbe | None
@@ -378,7 +381,14 @@ class _CloseAndSolve:
         """The solution by the solver, the policies and the control that are `held`."""
         solver, policies, control = held.value
         closed, watch = closed_problem(
-            f.value, params.value, x.value, z0, control, self.setup, value_only=self.value_only
+            f.value,
+            params.value,
+            x.value,
+            z0,
+            control,
+            self.setup,
+            value_only=self.value_only,
+            shard_axes=self.shard_axes,
         )
         plain = control.without_functions()
         if plain is not control:
@@ -395,6 +405,7 @@ def closed_problem(
     setup: Setup,
     *,
     value_only: bool,
+    shard_axes: tuple[str, ...] = (),
 ) -> tuple[Closure, Watch]:
     """The traces of f and of the functions of `control`."""
     execution = setup.execution
@@ -411,6 +422,7 @@ def closed_problem(
             batched=setup.batched,
             cell_dtype=execution.cell_dtype,
             value_only=value_only,
+            shard_axes=shard_axes,
         )
     closed = close(
         f,
@@ -423,6 +435,7 @@ def closed_problem(
         pass_step=setup.pass_step,
         sizes=fewer,
         value_only=value_only,
+        shard_axes=shard_axes,
     )
     closed = dataclasses.replace(closed, check_every=execution.check_every)
     return closed, _watch(closed, control, z0, setup)
