@@ -174,6 +174,12 @@ def explicit_axes() -> frozenset[str]:
     return frozenset(jax.sharding.get_abstract_mesh().explicit_axes)
 
 
+def shards_states() -> bool:
+    """Whether the context has a mesh over whose axes JAX may shard a state, on any of its axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[axis] > 1 for axis in mesh.auto_axes)
+
+
 def cond_saves() -> bool:
     """Whether a `cond` may save the arrays inside it for its derivative.
 

@@ -42,6 +42,12 @@ class Execution:
             Reverse mode only. Inside a `shard_map` over an axis, naming it changes
             nothing. With None there is one loop for the whole batch, whose devices agree in each
             trip whether to go on.
+        gather_axis: name of a mesh axis, or a tuple of names, over which `params` are sharded to
+            save memory while the batch is sharded over it too (FSDP, ZeRO-3). Their leaves are
+            gathered over it once, before the loops, instead of in each trip; the gradient comes
+            back sharded as they are. `shard_axis` does the same for its axes. A sharding of params
+            over other axes stays, as tensor parallelism needs it. It costs the memory of the whole
+            cell on each device during the layer.
         cell_dtype: real floating dtype in which f is evaluated: floating leaves of params, x and z
             are cast to it (complex ones to complex64, or complex128 for float64; no others), what f
             returns must have it and is cast back to the dtype of the state. Gradients reach params
@@ -73,6 +79,7 @@ class Execution:
 
     shrink_to: int | None = None
     shard_axis: str | tuple[str, ...] | None = None
+    gather_axis: str | tuple[str, ...] | None = None
     cell_dtype: Any = None
     state_dtype: Any = None
     check_every: int = 1
@@ -82,6 +89,7 @@ class Execution:
         if self.shrink_to is not None:
             checks.check_count(self, "shrink_to")
         sharding.check_axes(self, "shard_axis")
+        sharding.check_axes(self, "gather_axis")
         checks.check_count(self, "check_every")
         if not isinstance(self.progress, bool):
             checks.check_count(self, "progress")

@@ -106,14 +106,7 @@ def find_mesh(
     name = f"Execution.shard_axis={_shown(axes)}"
     if not batched:
         raise ValueError(f"{name} splits a batch; it does not go with batched=False")
-    meshes = [context, *(jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves((x, z0)))]
-    mesh = next((mesh for mesh in meshes if set(axes) <= set(mesh.axis_names)), None)
-    if mesh is None:
-        raise ValueError(
-            f"{name} is no axis of a mesh that is known here: the mesh of the context has the axes "
-            f"{context.axis_names}, and no leaf of x or z0 is sharded over it; call under "
-            "jax.set_mesh(mesh)"
-        )
+    mesh = _mesh_with(axes, (x, z0), "shard_axis")
     explicit = [other for other in _explicit_axes(mesh) if other not in axes]
     if explicit:
         raise ValueError(
@@ -171,6 +164,59 @@ def check_batch(why: str, x: PyTree, batch: int) -> None:
                 f"{jnp.shape(leaf)}, expected ({batch}, ...); what is the same for all samples "
                 "belongs in params"
             )
+
+
+def gathered(params: PyTree, axes: tuple[str, ...], x: PyTree) -> PyTree:
+    """The leaves of `params`, whole along these mesh axes, as a value of its own.
+
+    Without it XLA gathers weights that are split over the axis of the batch in each trip of a loop,
+    where they are used. A sharding over other axes stays.
+
+    Raises:
+        ValueError: no mesh with these axes is known here.
+    """
+    context = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in axes if axis not in context.manual_axes)
+    if not axes:
+        return params
+    leaves, structure = jax.tree.flatten(params)
+    arrays = [leaf for leaf in leaves if checks.is_array(leaf)]
+    mesh = _mesh_with(axes, (arrays, x), "gather_axis")
+    if set(axes).intersection(_explicit_axes(mesh)):
+        whole = [_reshard_without(leaf, axes) for leaf in arrays]
+    else:
+        whole = jax.shard_map(
+            lambda *arrays: arrays,
+            mesh=None if set(axes) <= set(context.axis_names) else mesh,
+            in_specs=P(),
+            out_specs=P(),
+            axis_names=set(axes),
+        )(*arrays)
+    given = iter(whole)
+    leaves = [next(given) if checks.is_array(leaf) else leaf for leaf in leaves]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _reshard_without(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """An array that is whole along these explicit axes and sharded as before along all others."""
+    kept = (
+        tuple(a for a in as_axes(part) if a not in axes) for part in jax.typeof(leaf).sharding.spec
+    )
+    return jax.sharding.reshard(leaf, P(*(part or None for part in kept)))
+
+
+def _mesh_with(axes: tuple[str, ...], arrays: PyTree, field: str) -> AbstractMesh:
+    """The mesh of the context, or that of the sharding of an array, that has these axes."""
+    context = jax.sharding.get_abstract_mesh()
+    meshes = [context, *(jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arrays))]
+    mesh = next((mesh for mesh in meshes if set(axes) <= set(mesh.axis_names)), None)
+    if mesh is None:
+        raise ValueError(
+            f"Execution.{field}={_shown(axes)} is no axis of a mesh that is known here: the mesh "
+            f"of the context has the axes {context.axis_names}, and no argument is sharded over "
+            "it; call under jax.set_mesh(mesh)"
+        )
+    return mesh
 
 
 def solve_shards(

@@ -138,7 +138,13 @@ def unknowns(a: PyTree) -> int:
 
 
 def flatten_samples(a: PyTree) -> PyTree:
-    """Each leaf `[B, ...]` as `[B, D]`."""
+    """Each leaf `[B, ...]` as `[B, D]`, which is faster on a CPU.
+
+    Under a mesh the leaves stay as they are: a reshape would gather what is sharded behind the
+    batch.
+    """
+    if _compat.shards_states():
+        return a
     return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1), a)
 
 
@@ -146,9 +152,12 @@ def pack(a: PyTree) -> jax.Array:
     """Each sample as one vector, `[B, D]`: all leaves behind one another, at least float32.
 
     Solvers that work on it take the same steps, to the last bit, for an array and for the same
-    array split into leaves. The batch axis, and a sharding of it, survive.
+    array split into leaves. The batch axis, and a sharding of it, survive. Under a mesh a state of
+    one leaf keeps its axes, `[B, ...]`, and so all of its sharding.
     """
-    leaves = jax.tree.leaves(flatten_samples(a))
+    leaves = jax.tree.leaves(a)
+    if len(leaves) > 1 or not _compat.shards_states():
+        leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in leaves]
     dtype = tree_accumulation_dtype(a)
     if any(jnp.iscomplexobj(leaf) for leaf in leaves):
         dtype = jnp.dtype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
@@ -160,7 +169,7 @@ def unpack(packed: jax.Array, like: PyTree) -> PyTree:
     """The inverse of `pack`, in the shapes and dtypes of `like`."""
     leaves, structure = jax.tree.flatten(like)
     sizes = [math.prod(leaf.shape[1:]) for leaf in leaves]
-    parts = lax.split(packed, sizes, axis=1)
+    parts = lax.split(packed, sizes, axis=1) if len(leaves) > 1 else [packed]
 
     def restore(part: jax.Array, leaf: jax.Array) -> jax.Array:
         if jnp.iscomplexobj(part) and not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
@@ -179,10 +188,11 @@ def zeros_per_sample(a: PyTree) -> jax.Array:
     dtype = tree_accumulation_dtype(a)
 
     def empty_sum(leaf: jax.Array) -> jax.Array:
+        leaf = leaf[:, None] if leaf.ndim == 1 else leaf
         empty = lax.slice_in_dim(leaf, 0, 0, axis=1)
-        return jnp.sum(jnp.real(empty), axis=1).astype(dtype)
+        return jnp.sum(jnp.real(empty), axis=tuple(range(1, leaf.ndim))).astype(dtype)
 
-    return functools.reduce(jnp.add, map(empty_sum, jax.tree.leaves(flatten_samples(a))))
+    return functools.reduce(jnp.add, map(empty_sum, jax.tree.leaves(a)))
 
 
 def varying_axes(a: PyTree) -> frozenset[str]:

@@ -251,12 +251,13 @@ def _eliminate(columns: jax.Array, b: jax.Array) -> list[jax.Array]:
 
 def _to_real(v: jax.Array) -> jax.Array:
     """`[B, D]`, complex as `[B, 2 D]` of real and imaginary parts."""
+    v = v.reshape(v.shape[0], -1)
     return jnp.concatenate([v.real, v.imag], axis=1) if jnp.iscomplexobj(v) else v
 
 
 def _from_real(v: jax.Array, like: jax.Array) -> jax.Array:
     """The inverse of `_to_real`."""
-    if not jnp.iscomplexobj(like):
-        return v
-    half = v.shape[1] // 2
-    return lax.complex(v[:, :half], v[:, half:])
+    if jnp.iscomplexobj(like):
+        half = v.shape[1] // 2
+        v = lax.complex(v[:, :half], v[:, half:])
+    return v.reshape(like.shape)
