@@ -29,7 +29,7 @@ Cell = Callable[[Any, Any, Any], Any]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["arrays", "parts"],
-    meta_fields=["program", "key_impls", "takes_step", "check_every"],
+    meta_fields=["program", "key_impls", "takes_step", "check_every", "split_axes"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Closure:
@@ -44,6 +44,7 @@ class Closure:
         takes_step: it is a function of the pair of the number of the evaluation, int32 `[B]`, and
             the state, until `bound` sets the number.
         check_every: see `Execution`.
+        split_axes: mesh axes along which devices hold parts of the same samples.
     """
 
     arrays: tuple[Any, ...]
@@ -52,6 +53,7 @@ class Closure:
     parts: tuple["Closure", ...] = ()
     takes_step: bool = False
     check_every: int = 1
+    split_axes: tuple[str, ...] = ()
 
     differentiable: ClassVar[bool] = True
 

@@ -65,7 +65,7 @@ def inner_products(columns: PyTree, values: PyTree) -> jax.Array:
         return real_products(columns, leaf)
 
     products = jax.tree.leaves(jax.tree.map(leaf_products, columns, values))
-    return functools.reduce(jnp.add, products)
+    return tree.sum_of_parts(functools.reduce(jnp.add, products))
 
 
 def combine(weights: jax.Array, columns: PyTree) -> PyTree:

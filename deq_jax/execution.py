@@ -48,6 +48,11 @@ class Execution:
             back sharded as they are. `shard_axis` does the same for its axes. A sharding of params
             over other axes stays, as tensor parallelism needs it. It costs the memory of the whole
             cell on each device during the layer.
+        state_axis: name of a mesh axis, or a tuple of names, of your own `shard_map` around the
+            solve, along which devices hold parts of the same samples: blocks of features, or of a
+            sequence, which f exchanges by collectives. Norms, inner products, histories and stops
+            are then those of whole samples. Without it each device would measure its part alone.
+            Under `jit` leave it out: XLA knows how a state is sharded. `Dense` refuses it.
         cell_dtype: real floating dtype in which f is evaluated: floating leaves of params, x and z
             are cast to it (complex ones to complex64, or complex128 for float64; no others), what f
             returns must have it and is cast back to the dtype of the state. Gradients reach params
@@ -80,6 +85,7 @@ class Execution:
     shrink_to: int | None = None
     shard_axis: str | tuple[str, ...] | None = None
     gather_axis: str | tuple[str, ...] | None = None
+    state_axis: str | tuple[str, ...] | None = None
     cell_dtype: Any = None
     state_dtype: Any = None
     check_every: int = 1
@@ -88,8 +94,8 @@ class Execution:
     def __post_init__(self) -> None:
         if self.shrink_to is not None:
             checks.check_count(self, "shrink_to")
-        sharding.check_axes(self, "shard_axis")
-        sharding.check_axes(self, "gather_axis")
+        for name in ("shard_axis", "gather_axis", "state_axis"):
+            sharding.check_axes(self, name)
         checks.check_count(self, "check_every")
         if not isinstance(self.progress, bool):
             checks.check_count(self, "progress")

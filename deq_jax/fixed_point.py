@@ -279,6 +279,21 @@ class Setup:
                 "but batched=False has none"
             )
 
+    def split_axes(self) -> tuple[str, ...]:
+        """The mesh axes along which devices hold parts of the same samples.
+
+        Raises:
+            ValueError: this is not inside a `shard_map` over them.
+        """
+        axes = sharding.as_axes(self.execution.state_axis)
+        if not _compat.manual_axes() >= set(axes):
+            raise ValueError(
+                f"Execution(state_axis={self.execution.state_axis!r}) is for a solve inside your "
+                f"own shard_map over it, here one over {sorted(_compat.manual_axes())}; under jit "
+                "leave it out"
+            )
+        return axes
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -342,9 +357,10 @@ def _run(
     named = sharding.as_axes(setup.execution.shard_axis)
     mesh, axes = sharding.find_mesh(named, x, z0, setup.batched)
     solve_closed = _CloseAndSolve(setup, _compat.at_top_level(), axes)
-    if mesh is None:
-        return solve_closed(*arguments)
-    return sharding.solve_shards(solve_closed, arguments, axes, mesh)
+    with tree.samples_split_over(setup.split_axes()):
+        if mesh is None:
+            return solve_closed(*arguments)
+        return sharding.solve_shards(solve_closed, arguments, axes, mesh)
 
 
 def checked_start(x: PyTree, z0: PyTree | None, setup: Setup) -> PyTree:
@@ -438,7 +454,8 @@ def closed_problem(
         value_only=value_only,
         shard_axes=shard_axes,
     )
-    closed = dataclasses.replace(closed, check_every=execution.check_every)
+    split = sharding.as_axes(execution.state_axis)
+    closed = dataclasses.replace(closed, check_every=execution.check_every, split_axes=split)
     return closed, _watch(closed, control, z0, setup)
 
 
@@ -481,7 +498,8 @@ def _solve(
                 probe = BackwardProbe(**per_sample)._replace(evaluations=probe.evaluations)
         z0 = jax.lax.stop_gradient(tree.vary_over(z0, closed.state_axes))
         solution = _solve_and_attach(closed, z0, held, watch, probe, setup)
-        solution = dataclasses.replace(solution, state=None, sample_steps=())
+        stats = tree.same_on_parts(solution.stats)
+        solution = dataclasses.replace(solution, stats=stats, state=None, sample_steps=())
         if batched:
             return solution
         return dataclasses.replace(

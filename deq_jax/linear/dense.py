@@ -80,6 +80,7 @@ class Dense(LinearMethod):
         precondition: Product | None = None,
     ) -> Cycle:
         """The solution; no products where no sample is above its target."""
+        tree.check_whole_samples("Dense")
         size = tree.norm(r)
         active = size > target
         wanted = any_of(active)
@@ -168,7 +169,8 @@ class Auto(LinearMethod):
 
     def choice(self, like: PyTree) -> LinearMethod:
         """The method for states like this one, leaves `[B, ...]`."""
-        return Dense(self.tol) if tree.unknowns(like) <= DENSE_UP_TO else self._krylov()
+        fits = tree.unknowns(like) <= DENSE_UP_TO and tree.are_whole()
+        return Dense(self.tol) if fits else self._krylov()
 
     def _krylov(self) -> LinearMethod:
         options: Any = {"tol": self.tol, "max_iter": self.max_iter}

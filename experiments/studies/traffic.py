@@ -115,9 +115,7 @@ _PAIR = {"w": P(None, "model"), "v": P("model")}
 _BOTH = ("data", "fsdp")
 LAYOUTS = {
     "data": Layout({"data": 4}, dense, {"w": P()}, P("data"), ("data",)),
-    "FSDP": Layout(
-        {"data": 4}, dense, {"w": P("data")}, P("data"), ("data",), gathers=("data",)
-    ),
+    "FSDP": Layout({"data": 4}, dense, {"w": P("data")}, P("data"), ("data",), gathers=("data",)),
     "tensor, columns": Layout({"model": 4}, dense, _COLUMNS, P(None, "model"), model="model"),
     "tensor, columns then rows": Layout({"model": 4}, feed_forward, _PAIR, P(), model="model"),
     "features": Layout(
@@ -195,7 +193,9 @@ def _by_hand(layout: Layout, f: Callable[..., jax.Array], solver: Any) -> Callab
     def local(params: Any, x: jax.Array) -> jax.Array:
         for axis in layout.gathers:
             params = {k: lax.all_gather(p, axis, tiled=True) for k, p in params.items()}
-        return deq_fixed_point(f, params, x, solver=solver)
+        split = layout.model if layout.model in jax.tree.leaves(tuple(layout.state)) else None
+        execution = Execution(state_axis=split)
+        return deq_fixed_point(f, params, x, solver=solver, execution=execution)
 
     solve = jax.shard_map(local, in_specs=(layout.params, layout.state), out_specs=layout.state)
 
