@@ -178,9 +178,12 @@ def relative_shift(scores: jax.Array) -> jax.Array:
     rows cut anew from the same numbers, each of them one entry later.
     """
     *batch, queries, keys = scores.shape
+    # On a mesh with explicit axes JAX does not guess what a reshape does to the other axes.
+    sharding = jax.typeof(scores).sharding
+    sharding = sharding if any(sharding.spec) else None
     padded = jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(1, 0)])
-    padded = padded.reshape(*batch, keys + 1, queries)[..., 1:, :]
-    return padded.reshape(*batch, queries, keys)
+    padded = jnp.reshape(padded, (*batch, keys + 1, queries), out_sharding=sharding)[..., 1:, :]
+    return jnp.reshape(padded, (*batch, queries, keys), out_sharding=sharding)
 
 
 def sequence_blocks(length: int) -> int:

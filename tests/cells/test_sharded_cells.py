@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
 from deq_jax import Anderson
-from deq_jax.cells import Memory, SequenceInput, TransformerCell
+from deq_jax.cells import Memory, ResNetCell, SequenceInput, TransformerCell, TrellisCell
 from deq_jax.cells.attention import block_positions, relative_scores, sequence_blocks
 from deq_jax.nnx import DEQ
 from deq_jax.partitioning import RULES, partition_spec, partition_specs
@@ -40,11 +40,12 @@ def compare(cell, x, mesh, rules, names):
     """Solves and differentiates on the mesh and on one device; the mesh's collectives."""
     layer = DEQ(cell, solver=SOLVER)
     definition, state = nnx.split(layer)
-    weights = jax.tree.map(lambda leaf: normal(*leaf.shape, seed=9), cell.start(x))
+    start = getattr(cell, "start", jnp.zeros_like)
+    weights = jax.tree.map(lambda leaf: normal(*leaf.shape, seed=9), start(x))
 
     def loss(state, x):
         layer = nnx.merge(definition, state)
-        z, stats = layer(x, layer.cell.start(x), return_stats=True)
+        z, stats = layer(x, start(x), return_stats=True)
         terms = jax.tree.map(lambda w, z: (w * z**2).sum(), weights, z)
         return sum(jax.tree.leaves(terms)), (z, stats)
 
@@ -102,6 +103,24 @@ def test_sequence_parallelism_gathers_keys_and_values(memory):
     assert in_loops(found) == [("all-gather", (HEADS,))] * 2 + [("all-reduce", (keys, transposed))]
 
 
+@pytest.mark.slow
+def test_a_residual_cell_sums_once_a_trip(standard_promotion):
+    cell = ResNetCell(8, 16, kernel_std=0.02, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    rules = RULES["data"] | RULES["tensor"]
+    found = compare(cell, normal(B, 4, 4, 8), mesh_of("data", "tensor"), rules, ("batch",))
+    assert in_loops(found) == [("all-reduce", (f"f64[{B // 2},4,4,8]",))] * 2
+
+
+@pytest.mark.slow
+def test_a_trellis_cell_has_no_tensor_rules_and_fsdp_agrees():
+    cell = TrellisCell(6, 8, kernel_std=0.3, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    mesh, names = mesh_of("fsdp", "tensor"), ("batch", "length", None)
+    rules = RULES["fsdp"] | RULES["tensor"]
+    specs = partition_specs(cell, mesh, rules)
+    assert specs["recurrent"]["kernel"].get_value() == jax.P(None, "fsdp")
+    compare(cell, normal(B, 6, 6), mesh, rules, names)
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 4, 12])
 @pytest.mark.parametrize("memory", [0, 3])
 def test_scores_of_blocks_by_their_definition(blocks, memory):
@@ -116,6 +135,17 @@ def test_scores_of_blocks_by_their_definition(blocks, memory):
             distance = memory + i - j
             expected = np.einsum("bhd,hd->bh", query[:, i], positions[keys - 1 - distance])
             np.testing.assert_allclose(got[:, :, i, j], expected, rtol=1e-12)
+
+
+def test_scores_of_a_batch_that_is_sharded_explicitly():
+    query, positions = normal(4, 6, 2, 3), normal(4, 1, 6, 2, 3, seed=1)
+    expected = relative_scores(query, positions)
+    mesh = mesh_of("data", "tensor", types=AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        query, positions = jax.device_put((query, positions), jax.P("data"))
+        got = jax.jit(relative_scores)(query, positions)
+    assert tuple(got.sharding.spec)[:1] == ("data",)
+    assert relative_error(got, expected) < 1e-14
 
 
 def test_there_is_a_block_for_each_shard_of_a_sequence():
