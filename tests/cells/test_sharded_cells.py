@@ -15,8 +15,8 @@ from deq_jax.cells import Memory, ResNetCell, SequenceInput, TransformerCell, Tr
 from deq_jax.cells.attention import block_positions, relative_scores, sequence_blocks
 from deq_jax.nnx import DEQ
 from deq_jax.partitioning import RULES, partition_spec, partition_specs
+from experiments.studies.collectives import Collective, program
 from tests.reference import relative_error
-from tests.xla import Collective, collectives
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -37,7 +37,7 @@ def mesh_of(*axes, types=AxisType.Auto):
 
 
 def compare(cell, x, mesh, rules, names):
-    """Solves and differentiates on the mesh and on one device; the mesh's collectives."""
+    """Solves and differentiates on the mesh and on one device; what a trip of each loop sends."""
     layer = DEQ(cell, solver=SOLVER)
     definition, state = nnx.split(layer)
     start = getattr(cell, "start", jnp.zeros_like)
@@ -58,20 +58,21 @@ def compare(cell, x, mesh, rules, names):
     with jax.set_mesh(mesh):
         state = jax.device_put(state, partition_specs(state, mesh, rules))
         x = jax.device_put(x, NamedSharding(mesh, partition_spec(names, mesh, rules)))
-        program = compiled(state, x)
-        (_, (got, same)), got_gradient = program(state, x)
+        on_mesh = compiled(state, x)
+        (_, (got, same)), got_gradient = on_mesh(state, x)
     assert (same.iterations == stats.iterations).all()
     assert relative_error(got, z) < 1e-12
     assert relative_error(jax.tree.leaves(got_gradient), jax.tree.leaves(gradient)) < 1e-12
     for leaf, value in zip(jax.tree.leaves(got_gradient), jax.tree.leaves(gradient), strict=True):
         assert relative_error(leaf, value) < 1e-10
-    return collectives(program.as_text())
+    loops = program(on_mesh.as_text()).inner
+    return [collective for loop in loops for collective in loop.everywhere()]
 
 
 def in_loops(found: list[Collective]) -> list[tuple[str, tuple[str, ...]]]:
-    """Names and shapes of what each trip sends, but for single flags and numbers a sample."""
-    large = [c for c in found if c.in_loop and c.size > 8 * B * (SOLVER.history + 1)]
-    return [(c.name, c.shapes) for c in large]
+    """Kinds and shapes of what each trip sends, but for single flags and numbers a sample."""
+    large = [c for c in found if c.size > 8 * B * (SOLVER.history + 1)]
+    return [(c.kind, c.shapes) for c in large]
 
 
 @pytest.mark.parametrize("options", [{}, MODERN])
@@ -83,7 +84,7 @@ def test_tensor_parallelism_sums_twice_a_trip(options):
     found = compare(cell, normal(B, L, D), mesh_of("data", "tensor"), rules, names)
     # One sum behind the attention and one behind the feed-forward block, forwards and backwards.
     assert in_loops(found) == [("all-reduce", (STATE,))] * 4
-    in_float32 = sum(c.size for c in found if c.in_loop) / 2
+    in_float32 = sum(c.size for c in found) / 2
     assert 2 * 8192 <= in_float32 < 2 * 8200
 
 

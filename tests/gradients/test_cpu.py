@@ -13,7 +13,6 @@ from deq_jax.closure import Closure
 from deq_jax.passes import cpu, ready_for_loop
 from tests.gradients.test_prepared import check_forward_and_transposed, conv, normal, primitives
 from tests.reference import relative_error
-from tests.xla import collectives
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -195,8 +194,9 @@ def test_blocks_of_samples_keep_a_sharded_batch(batch, axes, monkeypatch):
     (_, z), gradient = step(kernel, x)
     sharded = jax.device_put(x, NamedSharding(mesh, P("data")))
     program = step.lower(kernel, sharded).compile()
-    (_, got), got_gradient = program(kernel, sharded)
+    (_, got), got_gradient = on_mesh(kernel, sharded)
     assert relative_error(got, z) < 1e-12
     assert relative_error(got_gradient, gradient) < 1e-12
-    text = program.as_text()
-    assert {c.shapes for c in collectives(text) if c.in_loop} == {("pred[]",)}
+    text = on_mesh.as_text()
+    loops = on_mesh(text).inner
+    assert {c.shapes for loop in loops for c in loop.everywhere()} == {("pred[]",)}
