@@ -239,6 +239,8 @@ def test_initial_numbers_are_those_of_the_joint_matrices():
         return value
 
     small = 0.3 / np.sqrt(D)
+    biases = {leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(cell)) if path[-1] == "bias"}
+    assert biases == {(3 * D,), (D,)}  # vectors: the usual mask of weight decay goes by that
     for layer, expected in (
         (cell.injection, drawn(2 / np.sqrt(D), D, 3 * D, bias=True)),
         (cell.qkv, drawn(small, D, 3 * D)),

@@ -192,6 +192,8 @@ class TransformerCell(nnx.Module):
         # Heads have an axis of their own, and so have queries, keys and values: shards of a joint
         # axis would not be shards of the heads, and would be gathered in each trip of a solve.
         self.injection = linear(embed, {None: 3, **each}, normal(features, 2, injection_std))
+        # A vector, as all biases: by their one axis optimisers exempt them from weight decay.
+        self.injection.bias = nnx.Param(jnp.zeros((3 * features,), param_dtype))
         self.qkv = linear(embed, {None: 3, **each}, small, use_bias=False)
         self.output = linear(each, embed, normal(features, 1))
         self.expand = linear(embed, {None: 2, **mlp} if gated else mlp, small, not gated)

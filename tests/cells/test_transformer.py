@@ -87,7 +87,7 @@ def formula(
         embedding = xp.concatenate([x.memory.embedding, embedding], 1)
     inner = normalised(state) if norm_order == "pre" else state
     # The parameters as the matrices that the formula has.
-    bias, shape = weights["injection"]["bias"].reshape(3 * D), {"contract": (F, D)}
+    bias, shape = weights["injection"]["bias"], {"contract": (F, D)}
     kernel = {name: value.reshape(*shape.get(name, (D, -1))) for name, value in kernel.items()}
     qkv = inner @ kernel["qkv"] + embedding @ kernel["injection"] + bias
 
