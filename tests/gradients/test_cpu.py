@@ -193,10 +193,10 @@ def test_blocks_of_samples_keep_a_sharded_batch(batch, axes, monkeypatch):
     step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     (_, z), gradient = step(kernel, x)
     sharded = jax.device_put(x, NamedSharding(mesh, P("data")))
-    program = step.lower(kernel, sharded).compile()
+    on_mesh = step.lower(kernel, sharded).compile()
     (_, got), got_gradient = on_mesh(kernel, sharded)
     assert relative_error(got, z) < 1e-12
     assert relative_error(got_gradient, gradient) < 1e-12
     text = on_mesh.as_text()
-    loops = on_mesh(text).inner
+    loops = program(text).inner
     assert {c.shapes for loop in loops for c in loop.everywhere()} == {("pred[]",)}
