@@ -243,9 +243,7 @@ class DEQ(nn.Module):
         return _Apply(cell, changing, tuple(sorted(kwargs.items()))), (variables, rngs)
 
     def _inject(self, effective: PyTree | None, x: PyTree) -> PyTree:
-        return (
-            _injection(self.cell, effective, x) if has_injection(self.cell, self.inject) else x
-        )
+        return _injection(self.cell, effective, x) if has_injection(self.cell, self.inject) else x
 
     def _effective_params(self, *, advance: bool) -> PyTree | None:
         """The cell's normalised parameters; None without a normalisation."""

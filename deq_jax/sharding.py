@@ -257,7 +257,7 @@ def _over_shards(
     of_stats: Any = SolveStats
     stats = of_stats(across, across, across, across, P(None, axes), across, across)
     samples: Any = across
-    mapped = _mapped(local, axes, mesh, Solution(across, stats, samples, aux=across))
+    mapped = map_shards(local, axes, mesh, Solution(across, stats, samples, aux=across))
     if probe is not None:
         shards = math.prod(mesh.shape[axis] for axis in axes)
         probe = probe._replace(evaluations=_one_each(probe.evaluations, shards))
@@ -267,7 +267,7 @@ def _over_shards(
 _over_shards_compiled = jax.jit(_over_shards, static_argnums=(0, 1, 2))
 
 
-def _mapped(
+def map_shards(
     local: Callable[..., PyTree],
     axes: tuple[str, ...],
     mesh: AbstractMesh,
@@ -409,13 +409,13 @@ def _call_on_shards(
     # from it and is mixed with the samples.
     for varies in (_is_key, _is_own):
         try:
-            jax.eval_shape(lambda: _mapped(look, axes, mesh, P(), varies)(*arguments))  # noqa: B023
+            jax.eval_shape(lambda: map_shards(look, axes, mesh, P(), varies)(*arguments))  # noqa: B023
             break
         except TypeError:
             if varies is _is_own:
                 raise
     specs, static = found
-    return _mapped(local, axes, mesh, specs, varies)(*arguments), static
+    return map_shards(local, axes, mesh, specs, varies)(*arguments), static
 
 
 _call_on_shards_compiled = jax.jit(_call_on_shards, static_argnums=(0, 1))
