@@ -19,12 +19,12 @@ PyTree = Any
 
 
 def accumulate_gradients(
-    loss: Callable[[PyTree, PyTree], Any],
+    loss: Callable[..., Any],
     microbatches: int,
     *,
     shard_axis: str | tuple[str, ...] | None = None,
     has_aux: bool = False,
-) -> Callable[[PyTree, PyTree], tuple[Any, PyTree]]:
+) -> Callable[..., tuple[Any, PyTree]]:
     """A function of `params` and `batch` that is `jax.value_and_grad(loss)` in less memory.
 
     The batch is split into microbatches of equal size, and one after another passes through the
@@ -41,7 +41,7 @@ def accumulate_gradients(
             value, gradient = step(params, batch)
 
     Args:
-        loss: `loss(params, microbatch)` is a scalar, the mean over the samples. With a
+        loss: `loss(params, microbatch, *shared)` is a scalar, the mean over the samples. With a
             `shard_axis` it is called inside a `shard_map` over it: collectives and
             `BatchNorm(axis_name=...)` may name it, and a layer with `Execution(shard_axis=...)`
             solves as it would alone.
@@ -53,11 +53,12 @@ def accumulate_gradients(
             arrays, like an accuracy or new batch statistics. Their means come back too.
 
     Returns:
-        A function of `params`, the same on all devices, and of `batch`, a pytree whose leaves have
-        the batch on axis 0, `[B, ...]`. It returns what `jax.value_and_grad(loss, has_aux=has_aux)`
-        returns. Random numbers: a key for each sample is a leaf of the batch like any other, and
-        gives the numbers that the whole batch would have. A loss that draws for a microbatch at
-        once can take the first of its keys.
+        A function of `params`; of `batch`, a pytree whose leaves have the batch on axis 0,
+        `[B, ...]`; and of whatever else the loss takes, batch statistics say. All but the batch is
+        the same on all devices and in all microbatches. It returns what
+        `jax.value_and_grad(loss, has_aux=has_aux)` returns. Random numbers: a key for each sample
+        is a leaf of the batch like any other, and gives the numbers that the whole batch would
+        have. A loss that draws for a microbatch at once can take the first of its keys.
 
     Raises:
         ValueError, TypeError: an argument is out of its range. In the call: the batch is not a
@@ -74,18 +75,20 @@ def accumulate_gradients(
     named = sharding.as_axes(shard_axis)
     gradient = jax.value_and_grad(loss, has_aux=has_aux)
 
-    def accumulated(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
+    def accumulated(params: PyTree, batch: PyTree, *shared: PyTree) -> tuple[Any, PyTree]:
         mesh, axes = sharding.find_mesh(named, batch, batch, True)
 
-        def local(params: PyTree, batch: PyTree) -> tuple[Any, PyTree]:
-            varies = tree.varying_axes((params, batch)) | frozenset(axes)
+        def local(whole: tuple[PyTree, ...], batch: PyTree) -> tuple[Any, PyTree]:
+            params, *shared = whole
+            varies = tree.varying_axes((whole, batch)) | frozenset(axes)
 
             def added(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
-                result = tree.vary_over(gradient(params, part), varies)
+                result = tree.vary_over(gradient(params, part, *shared), varies)
                 return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, result), None
 
             parts = jax.tree.map(lambda leaf: _split(leaf, microbatches), batch)
-            shapes = jax.eval_shape(lambda: gradient(params, jax.tree.map(lambda a: a[0], parts)))
+            part = jax.tree.map(lambda leaf: leaf[0], parts)
+            shapes = jax.eval_shape(lambda: gradient(params, part, *shared))
             if has_aux:
                 _check_aux(shapes[0][1])
             start = jax.tree.map(_zeros, shapes)
@@ -95,8 +98,8 @@ def accumulate_gradients(
             return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), mean, shapes)
 
         if mesh is None:
-            return local(params, batch)
-        return sharding.map_shards(local, axes, mesh, P())(params, batch)
+            return local((params, *shared), batch)
+        return sharding.map_shards(local, axes, mesh, P())((params, *shared), batch)
 
     return accumulated
 

@@ -346,21 +346,21 @@ def test_accumulation_with_batch_norm_over_shards():
         layer = deq_jax.nnx.DEQ(Cell(axis_name), solver=SOLVER, execution=execution)
         definition, params, rest = nnx.split(layer, nnx.Param, ...)
 
-        def loss(params, batch):
+        def loss(params, batch, rest):
             layer = nnx.merge(definition, params, rest, copy=True)
             value = (batch["cotangent"] * layer(batch["x"])).mean()
             return value, nnx.to_pure_dict(nnx.state(layer.cell.norm, nnx.BatchStat))
 
-        return params, loss
+        return loss, params, rest
 
-    params, loss = function("data", SHARDED)
+    loss, params, rest = function("data", SHARDED)
     with jax.set_mesh(mesh()):
         accumulated = accumulate_gradients(loss, 2, shard_axis="data", has_aux=True)
-        got = jax.device_get(jax.jit(accumulated)(params, sharded(mesh(), batch)[0]))
-    params, loss = function(None, Execution())
+        got = jax.device_get(jax.jit(accumulated)(params, sharded(mesh(), batch)[0], rest))
+    loss, params, rest = function(None, Execution())
     order = np.arange(16).reshape(4, 2, 2).swapaxes(0, 1).reshape(2, 8)
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    parts = [gradient(params, jax.tree.map(lambda a: a[part], batch)) for part in order]
+    parts = [gradient(params, jax.tree.map(lambda a: a[part], batch), rest) for part in order]
     assert relative_error(got, jax.tree.map(lambda a, b: (a + b) / 2, *parts)) < 1e-12
 
 
