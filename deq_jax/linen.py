@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any, Literal, overload
 
-import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import Scope, apply, unfreeze
 
 from deq_jax import sharding, tree
 from deq_jax.control import Control
@@ -305,12 +305,12 @@ class _Write:
     ) -> dict[str, Any]:
         variables, rngs = state
 
-        def call(scope: flax.core.Scope) -> PyTree:
+        def call(scope: Scope) -> PyTree:
             cell: Any = self.cell.clone(parent=scope)
             return cell(z, x, *step, **dict(self.kwargs))
 
-        _, written = flax.core.apply(call, self.mutable)(variables, rngs=rngs)
-        return dict(flax.core.unfreeze(written))
+        _, written = apply(call, self.mutable)(variables, rngs=rngs)
+        return dict(unfreeze(written))
 
 
 def _nothing_solved(z: PyTree) -> SolveStats:
