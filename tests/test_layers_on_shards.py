@@ -18,7 +18,7 @@ import deq_jax.nnx
 from deq_jax import Execution, Implicit, Picard, Unrolled, deq_fixed_point
 from deq_jax.accumulation import accumulate_gradients
 from experiments.studies.collectives import program
-from tests.reference import relative_error
+from tests import reference
 
 F64 = {"param_dtype": jnp.float64}
 SOLVER = Picard(tol=1e-15, max_iter=150)
@@ -29,6 +29,16 @@ pytestmark = [
     pytest.mark.usefixtures("x64", "standard_promotion"),
     pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning"),
 ]
+
+
+def relative_error(got, expected):
+    """The largest of any leaf: random keys are large numbers, and gradients may be small ones."""
+    errors = jax.tree.map(
+        lambda a, b: reference.relative_error(a, b) if np.any(b) else np.abs(a).max(),
+        jax.device_get(got),
+        jax.device_get(expected),
+    )
+    return max(jax.tree.leaves(errors))
 
 
 def mesh(*shape, names=("data", "model"), kind=AxisType.Auto):
@@ -134,7 +144,7 @@ def test_batch_norm_over_shards_is_that_of_the_whole_batch(flax):
     expected = gradient(cell(dropout=0.5), Execution())(*inputs())
     with jax.set_mesh(mesh()):
         got = gradient(cell("data", dropout=0.5), SHARDED)(*sharded(mesh(), *inputs()))
-    assert relative_error(jax.device_get(got), expected) < 1e-12
+    assert relative_error(got, expected) < 1e-12
     activation = got[0][1][1]["cell" if flax == "nnx" else "intermediates"]["activation"]
     assert activation[0].sharding.spec[0] == "data"
 
@@ -185,7 +195,7 @@ def test_nnx_scan_over_layers():
     with jax.set_mesh(mesh()):
         got = jax.jit(gradient)(params, *sharded(mesh(), x))
     expected = jax.jit(one_by_one)(same_params, x)
-    assert relative_error(jax.device_get(got), expected) < 1e-12
+    assert relative_error(got, expected) < 1e-12
 
 
 class Block(nn.Module):
@@ -225,7 +235,7 @@ def test_linen_scan_over_layers():
     with jax.set_mesh(mesh()):
         got = jax.jit(gradient)(variables, *sharded(mesh(), x))
     expected = jax.jit(one_by_one)(variables, x)
-    assert relative_error(jax.device_get(got), expected) < 1e-12
+    assert relative_error(got, expected) < 1e-12
 
 
 def named(params, z, x):
@@ -296,7 +306,7 @@ def test_a_pipeline_of_layers():
         jax.jit(jax.value_and_grad(function, (0, 2)))(params, rest, x, cotangent)
         for function in (pipeline, in_turn)
     )
-    assert relative_error(jax.device_get(got), expected) < 1e-12
+    assert relative_error(got, expected) < 1e-12
 
 
 class Plain(nnx.Module):
@@ -331,7 +341,7 @@ def test_gradients_are_accumulated_with_one_all_reduce(kind):
         batch = sharded(mesh(kind=kind), batch)[0]
         compiled = jax.jit(accumulated).lower(everywhere, batch).compile()
         got = compiled(everywhere, batch)
-    assert relative_error(jax.device_get(got), expected) < 1e-12
+    assert relative_error(got, expected) < 1e-12
     sent = program(compiled.as_text())
     assert [collective.kind for collective in sent.collectives] == ["all-reduce"]
     assert [list(loop.everywhere()) for loop in sent.inner] == [[]]
