@@ -37,9 +37,12 @@ class DEQ(nnx.Module):
     State inside the cell: every evaluation of a solve, and the backward pass, sees the cell as it
     was when the layer was called, so a Dropout has one mask for the whole solve and a BatchNorm
     does not count iterations. After the solve the cell is called once at z*, which updates running
-    statistics, advances random streams and sows, as one call of an ordinary layer does. Under
-    `nnx.capture(..., nnx.Intermediate)` the layer sows its `SolveStats` as `stats`, from inside an
-    `nnx.Sequential` too.
+    statistics, advances random streams and sows, as one call of an ordinary layer does. With
+    `Execution(shard_axis="data")` this call too runs on the shards: a `BatchNorm(axis_name="data")`
+    in the cell has the statistics of the whole batch, one without `axis_name` those of a shard, and
+    the mean over the shards of what it writes is kept. Values that a shard sows for its samples
+    stay sharded. Under `nnx.capture(..., nnx.Intermediate)` the layer sows its `SolveStats` as
+    `stats`, from inside an `nnx.Sequential` too.
 
     With a `normalization` the kernels of the cell are its v (or W₀): the effective weights are
     computed once a call, before the loop, and all uses of the cell in that call, `inject` and the

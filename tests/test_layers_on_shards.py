@@ -103,7 +103,7 @@ def nnx_gradient(cell, execution):
         layer = nnx.merge(definition, params, rest, copy=True)
         z = layer(x)
         state = nnx.to_pure_dict(nnx.state(layer, nnx.Not(nnx.Param)))
-        return jnp.vdot(cotangent, z), (z, jax.tree.map(raw, state))
+        return (cotangent * z).sum(), (z, jax.tree.map(raw, state))
 
     return functools.partial(jax.jit(loss), params)
 
@@ -122,7 +122,7 @@ def linen_gradient(cell, execution):
         changed = ["batch_stats", "intermediates"]
         both = {**variables, "params": params}
         z, written = layer.apply(both, x, mutable=changed, rngs=rngs)
-        return jnp.vdot(cotangent, z), (z, {name: written[name]["cell"] for name in changed})
+        return (cotangent * z).sum(), (z, {name: written[name]["cell"] for name in changed})
 
     return functools.partial(jax.jit(loss), variables["params"])
 
@@ -137,16 +137,37 @@ def sharded(devices, *arrays):
     return jax.device_put(arrays, NamedSharding(devices, P("data")))
 
 
-@pytest.mark.parametrize("flax", ["nnx", "linen"])
-def test_batch_norm_over_shards_is_that_of_the_whole_batch(flax):
+@pytest.mark.parametrize(
+    ("flax", "kind"), [("nnx", AxisType.Explicit), ("linen", AxisType.Auto)], ids=["nnx", "linen"]
+)
+def test_batch_norm_over_shards_is_that_of_the_whole_batch(flax, kind):
     """With a dropout, whose mask in the last call is that of the solve."""
     gradient, cell = (nnx_gradient, SowingCell) if flax == "nnx" else (linen_gradient, LinenCell)
     expected = gradient(cell(dropout=0.5), Execution())(*inputs())
-    with jax.set_mesh(mesh()):
-        got = gradient(cell("data", dropout=0.5), SHARDED)(*sharded(mesh(), *inputs()))
+    devices = mesh(kind=kind)
+    with jax.set_mesh(devices):
+        got = gradient(cell("data", dropout=0.5), SHARDED)(*sharded(devices, *inputs()))
     assert relative_error(got, expected) < 1e-12
     activation = got[0][1][1]["cell" if flax == "nnx" else "intermediates"]["activation"]
     assert activation[0].sharding.spec[0] == "data"
+
+
+class LinenDropped(nn.Module):
+    @nn.compact
+    def __call__(self, z, x):
+        dropped = nn.Dropout(0.5, deterministic=False)(z)
+        self.sow("intermediates", "kept", dropped != 0)
+        return x + 0.4 * dropped
+
+
+def test_linen_sows_with_the_mask_of_the_solve():
+    """Where an element is kept z = x + 0.8 z, and z = x elsewhere."""
+    layer, (x, _) = deq_jax.linen.DEQ(LinenDropped(), solver=SOLVER), inputs()
+    rngs = {"dropout": jax.random.key(0)}
+    z, written = layer.apply({}, x, mutable=["intermediates"], rngs=rngs)
+    (kept,) = written["intermediates"]["cell"]["kept"]
+    np.testing.assert_array_equal(kept, np.asarray(z / x) > 3)
+    assert 0 < kept.sum() < kept.size
 
 
 def layers(axis_name, execution, count=3):
