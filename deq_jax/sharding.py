@@ -396,7 +396,7 @@ def _call_on_shards(
         specs = [P() if axis is None else P(*[None] * axis, axes) for axis in grown]
         found = specs, static
         return [
-            _agreed(leaf, axes) if axis is None else _vary_all(leaf, axes)
+            _agreed(leaf, axes) if axis is None else tree.vary_over(leaf, frozenset(axes))
             for leaf, axis in zip(leaves, grown, strict=True)
         ]
 
@@ -419,10 +419,6 @@ def _call_on_shards(
 
 
 _call_on_shards_compiled = jax.jit(_call_on_shards, static_argnums=(0, 1))
-
-
-def _vary_all(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return tree.vary_over(leaf, frozenset(axes))
 
 
 def _agreed(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -17,6 +17,7 @@ import deq_jax.linen
 import deq_jax.nnx
 from deq_jax import Execution, Implicit, Picard, Unrolled, deq_fixed_point
 from deq_jax.accumulation import accumulate_gradients
+from deq_jax.sharding import call_on_shards, find_mesh
 from experiments.studies.collectives import program
 from tests import reference
 
@@ -168,6 +169,41 @@ def test_linen_sows_with_the_mask_of_the_solve():
     (kept,) = written["intermediates"]["cell"]["kept"]
     np.testing.assert_array_equal(kept, np.asarray(z / x) > 3)
     assert 0 < kept.sum() < kept.size
+
+
+def test_what_shards_return_is_put_together():
+    """A carry that starts from what all share, and is mixed with the samples, varies by shard."""
+    shared, z = (jnp.float64(3), jax.random.key(0)), normal(8, 2)
+
+    def function(shared, z):
+        start, key = shared
+        carry, _ = lax.scan(lambda carry, _: (carry + z.sum(), None), start, length=2)
+        return {
+            "passed on": start,
+            "mean": carry,
+            "largest": jnp.int32(100 * z.max()),
+            "any": z.max() > 1,
+            "everywhere": lax.psum(z.sum(), "data"),
+            "key": jax.random.fold_in(key, 1),
+            "columns": z.T,
+        }
+
+    with jax.set_mesh(mesh()):
+        found, axes = find_mesh(("data",), z, z, True)
+        got = call_on_shards(function, shared, (z,), axes, found)
+    assert got["passed on"] is shared[0]
+    got["key"] = jax.random.key_data(got["key"])
+    expected = {
+        "passed on": 3.0,
+        "mean": 3 + 2 * z.sum() / 4,
+        "largest": int(100 * z.max()),
+        "any": True,
+        "everywhere": z.sum(),
+        "key": jax.random.key_data(jax.random.fold_in(shared[1], 1)),
+        "columns": z.T,
+    }
+    assert relative_error(got, expected) < 1e-12
+    assert got["columns"].sharding.spec == P(None, "data")
 
 
 def layers(axis_name, execution, count=3):
