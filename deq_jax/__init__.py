@@ -1,6 +1,7 @@
 """Deep equilibrium layers for JAX: batched fixed points, differentiated at the solution."""
 
 from deq_jax import stepping as stepping
+from deq_jax.accumulation import accumulate_gradients as accumulate_gradients
 from deq_jax.attach import attach_gradient as attach_gradient
 from deq_jax.attach import implicit as implicit
 from deq_jax.control import Control as Control
@@ -84,6 +85,7 @@ __all__ = [
     "Unrolled",
     "Wegstein",
     "__version__",
+    "accumulate_gradients",
     "attach_gradient",
     "deq_fixed_point",
     "deq_root",

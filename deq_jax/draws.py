@@ -58,7 +58,7 @@ def as_on_one_device(
                 f"{_name(axes)}: f draws random numbers of the shapes {shapes} for a shard and "
                 f"{whole} for the whole batch, so that a shard cannot take its part of them"
             )
-        plan = [_grown(shape, other) for shape, other in zip(shapes, whole, strict=True)]
+        plan = [grown(shape, other) for shape, other in zip(shapes, whole, strict=True)]
         values = [*captured, *jax.tree.leaves(args)]
         return jax.tree.unflatten(out_tree, _evaluate(jaxpr, values, iter(plan), axes))
 
@@ -84,7 +84,7 @@ def _drawn_shape(equation: Any) -> tuple[int, ...]:
     return equation.outvars[0].aval.shape[keys:]
 
 
-def _grown(shape: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
+def grown(shape: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
     """The axis of a draw that is the batch; None where there is none."""
     axes = [axis for axis, (n, other) in enumerate(zip(shape, whole, strict=True)) if n != other]
     return axes[0] if axes else None

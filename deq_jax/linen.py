@@ -6,8 +6,9 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import Scope, apply, unfreeze
 
-from deq_jax import tree
+from deq_jax import sharding, tree
 from deq_jax.control import Control
 from deq_jax.execution import Execution
 from deq_jax.fixed_point import deq_fixed_point, has_injection, returned
@@ -184,11 +185,27 @@ class DEQ(nn.Module):
         )
         if f.changing or self.is_mutable_collection("intermediates"):
             step = () if stats.step is None else (stats.step,)
-            arguments = (*jax.lax.stop_gradient((z, injection)), *step)
-            _call(self.cell, effective, "__call__", *arguments, **kwargs)
+            self._call_at(f, state, (*jax.lax.stop_gradient((z, injection)), *step))
         self.sow("intermediates", "stats", stats)
         samples = rest[0] if sample_at else ()
         return returned(z, stats, samples, return_stats, (rest[-1],) if self.has_aux else ())
+
+    def _call_at(self, f: "_Apply", state: PyTree, arguments: tuple[PyTree, ...]) -> None:
+        """Calls the cell once for what it writes, on the shards that the solve ran on."""
+        assert self.cell.scope is not None
+        write = _Write(f.cell, self.cell.scope.mutable or (), f.kwargs)
+        named = sharding.as_axes(self.execution.shard_axis)
+        z, injection, *_ = arguments
+        mesh, axes = sharding.find_mesh(named, injection, z, self.batched)
+        if mesh is None:
+            written = write(state, *arguments)
+        else:
+            written = sharding.call_on_shards(write, state, arguments, axes, mesh)
+        if self.normalization is not None:
+            written.pop("params", None)  # the effective ones
+        for collection, variables in written.items():
+            for name, value in variables.items():
+                self.cell.put_variable(collection, name, value)
 
     def _first_step(self, z: PyTree) -> tuple[jax.Array, ...]:
         """The number that the cell gets in its first call, if it takes one."""
@@ -226,9 +243,7 @@ class DEQ(nn.Module):
         return _Apply(cell, changing, tuple(sorted(kwargs.items()))), (variables, rngs)
 
     def _inject(self, effective: PyTree | None, x: PyTree) -> PyTree:
-        return (
-            _call(self.cell, effective, "inject", x) if has_injection(self.cell, self.inject) else x
-        )
+        return _injection(self.cell, effective, x) if has_injection(self.cell, self.inject) else x
 
     def _effective_params(self, *, advance: bool) -> PyTree | None:
         """The cell's normalised parameters; None without a normalisation."""
@@ -244,17 +259,15 @@ class DEQ(nn.Module):
         return effective
 
 
-def _call(
-    cell: nn.Module, params: PyTree | None, method: str, /, *args: Any, **kwargs: Any
-) -> PyTree:
-    """Calls a bound cell, with other `params` unless None; what it writes, it writes as ever."""
+def _injection(cell: nn.Module, params: PyTree | None, x: PyTree) -> PyTree:
+    """`cell.inject(x)` of a bound cell, with other `params` unless None."""
 
-    def call(cell: nn.Module) -> PyTree:
-        return getattr(cell, method)(*args, **kwargs)
+    def inject(cell: Any) -> PyTree:
+        return cell.inject(x)
 
     if params is not None:
-        call = nn.map_variables(call, "params", trans_in_fn=lambda _: {"params": params})
-    return call(cell)
+        inject = nn.map_variables(inject, "params", trans_in_fn=lambda _: {"params": params})
+    return inject(cell)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +287,30 @@ class _Apply:
             variables, z, x, *step, **kwargs, rngs=rngs, mutable=list(self.changing)
         )
         return value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Write:
+    """What a call of the cell as a pure function writes to its mutable collections.
+
+    It draws what the solve drew. `nn.Module.apply` would end a `capture_intermediates` around it.
+    """
+
+    cell: nn.Module
+    mutable: Any
+    kwargs: tuple[tuple[str, Any], ...]
+
+    def __call__(
+        self, state: tuple[PyTree, PyTree], z: PyTree, x: PyTree, *step: jax.Array
+    ) -> dict[str, Any]:
+        variables, rngs = state
+
+        def call(scope: Scope) -> PyTree:
+            cell: Any = self.cell.clone(parent=scope)
+            return cell(z, x, *step, **dict(self.kwargs))
+
+        _, written = apply(call, self.mutable)(variables, rngs=rngs)
+        return dict(unfreeze(written))
 
 
 def _nothing_solved(z: PyTree) -> SolveStats:

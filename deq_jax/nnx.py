@@ -6,6 +6,7 @@ from typing import Any, Literal, cast, overload
 import jax
 from flax import nnx
 
+from deq_jax import sharding
 from deq_jax.closure import Cell
 from deq_jax.control import Control
 from deq_jax.execution import Execution
@@ -36,9 +37,12 @@ class DEQ(nnx.Module):
     State inside the cell: every evaluation of a solve, and the backward pass, sees the cell as it
     was when the layer was called, so a Dropout has one mask for the whole solve and a BatchNorm
     does not count iterations. After the solve the cell is called once at z*, which updates running
-    statistics, advances random streams and sows, as one call of an ordinary layer does. Under
-    `nnx.capture(..., nnx.Intermediate)` the layer sows its `SolveStats` as `stats`, from inside an
-    `nnx.Sequential` too.
+    statistics, advances random streams and sows, as one call of an ordinary layer does. With
+    `Execution(shard_axis="data")` this call too runs on the shards: a `BatchNorm(axis_name="data")`
+    in the cell has the statistics of the whole batch, one without `axis_name` those of a shard, and
+    the mean over the shards of what it writes is kept. Values that a shard sows for its samples
+    stay sharded. Under `nnx.capture(..., nnx.Intermediate)` the layer sows its `SolveStats` as
+    `stats`, from inside an `nnx.Sequential` too.
 
     With a `normalization` the kernels of the cell are its v (or W₀): the effective weights are
     computed once a call, before the loop, and all uses of the cell in that call, `inject` and the
@@ -209,11 +213,30 @@ class DEQ(nnx.Module):
         )
         if jax.tree.leaves(state[1]) or f.definition in _sowing:
             step = () if stats.step is None else (stats.step,)
-            cell(*jax.lax.stop_gradient((z, injection)), *step)
+            self._call_at(cell, f, state, (*jax.lax.stop_gradient((z, injection)), *step))
         if hasattr(self, "__captures__"):  # otherwise Flax warns of a sow that nobody reads
             self.sow(nnx.Intermediate, "stats", stats)
         samples = rest[0] if sample_at else ()
         return returned(z, stats, samples, return_stats, (rest[-1],) if self.has_aux else ())
+
+    def _call_at(
+        self, cell: nnx.Module, f: "_Apply", state: PyTree, arguments: tuple[PyTree, ...]
+    ) -> None:
+        """Calls the cell once for what it writes, on the shards that the solve ran on."""
+        named = sharding.as_axes(self.execution.shard_axis)
+        z, injection, *_ = arguments
+        mesh, axes = sharding.find_mesh(named, injection, z, self.batched)
+        if mesh is None:
+            cast(Any, cell)(*arguments)
+            return
+        written = sharding.call_on_shards(f.written, state, arguments, axes, mesh)
+        before = {id(leaf) for leaf in jax.tree.leaves(state)}
+        changed = [
+            (path, variable)
+            for path, variable in nnx.to_flat_state(written)
+            if any(id(leaf) not in before for leaf in jax.tree.leaves(variable))
+        ]
+        nnx.update(cell, nnx.from_flat_state(changed))
 
     def equation(self, x: PyTree) -> tuple[Cell, tuple[PyTree, PyTree], PyTree]:
         """What the layer solves: `f, params, injection` with `z* = f(params, z*, injection)`.
@@ -276,6 +299,14 @@ class _Apply:
     """The cell as a pure function; equal for equal definitions, so compiled code is found again."""
 
     definition: Any
+
+    def written(
+        self, state: tuple[PyTree, PyTree], z: PyTree, x: PyTree, *step: jax.Array
+    ) -> PyTree:
+        """The state of the cell after a call."""
+        cell = nnx.merge(self.definition, *state, copy=True)
+        cell(z, x, *step)
+        return nnx.state(cell)
 
     def __call__(
         self, state: tuple[PyTree, PyTree], z: PyTree, x: PyTree, *step: jax.Array

@@ -19,8 +19,8 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deq_jax import _compat, checks
-from deq_jax.closure import Closure
+from deq_jax import _compat, checks, draws, tree
+from deq_jax.closure import Closure, Held, Static
 from deq_jax.stats import BackwardProbe, Solution, SolveStats
 
 PyTree = Any
@@ -273,7 +273,7 @@ def _over_shards(
     of_stats: Any = SolveStats
     stats = of_stats(across, across, across, across, P(None, axes), across, across)
     samples: Any = across
-    mapped = _mapped(local, axes, mesh, Solution(across, stats, samples, aux=across))
+    mapped = map_shards(local, axes, mesh, Solution(across, stats, samples, aux=across))
     if probe is not None:
         shards = math.prod(mesh.shape[axis] for axis in axes)
         probe = probe._replace(evaluations=_one_each(probe.evaluations, shards))
@@ -283,13 +283,21 @@ def _over_shards(
 _over_shards_compiled = jax.jit(_over_shards, static_argnums=(0, 1, 2))
 
 
-def _mapped(
-    local: Callable[..., PyTree], axes: tuple[str, ...], mesh: AbstractMesh, out_specs: PyTree
+def map_shards(
+    local: Callable[..., PyTree],
+    axes: tuple[str, ...],
+    mesh: AbstractMesh,
+    out_specs: PyTree,
+    varies: Callable[[Any], bool] | None = None,
 ) -> Callable[..., PyTree]:
-    """`local(params, *batched)` on each shard; only `axes` are manual, all others automatic."""
+    """`local(params, *batched)` on each shard; only `axes` are manual, all others automatic.
+
+    A shard makes those leaves of `params` its own that `varies` says, by their dtypes.
+    """
+    vary = functools.partial(_vary, axes=axes, varies=varies or _is_own)
 
     def varying(params: PyTree, *batched: PyTree) -> PyTree:
-        return local(jax.tree.map(lambda leaf: _vary(leaf, axes), params), *batched)
+        return local(jax.tree.map(vary, params), *batched)
 
     def mapped(params: PyTree, *batched: PyTree) -> PyTree:
         if set(axes).intersection(_explicit_axes(mesh)):  # JAX wants them as the specs say already
@@ -308,11 +316,17 @@ def _mapped(
     return mapped
 
 
-def _vary(leaf: Any, axes: tuple[str, ...]) -> Any:
+def _vary(leaf: Any, axes: tuple[str, ...], varies: Callable[[Any], bool]) -> Any:
+    return lax.pcast(leaf, axes, to="varying") if varies(jnp.result_type(leaf)) else leaf
+
+
+def _is_own(kind: Any) -> bool:
     """What a shard makes its own: arrays whose cotangents are to be summed, and random keys."""
-    kind = jnp.result_type(leaf)
-    own = jnp.issubdtype(kind, jnp.inexact) or jnp.issubdtype(kind, jax.dtypes.prng_key)
-    return lax.pcast(leaf, axes, to="varying") if own else leaf
+    return jnp.issubdtype(kind, jnp.inexact) or _is_key(kind)
+
+
+def _is_key(kind: Any) -> bool:
+    return jnp.issubdtype(kind, jax.dtypes.prng_key)
 
 
 def _with_counts(solution: Solution, change: Callable[[jax.Array], jax.Array]) -> Solution:
@@ -332,3 +346,107 @@ _one_each.defvjp(
     lambda count, shards: (_one_each(count, shards), None),
     lambda shards, _, counts: (counts.max(),),
 )
+
+
+def call_on_shards(
+    function: Callable[..., PyTree],
+    shared: PyTree,
+    batched: tuple[PyTree, ...],
+    axes: tuple[str, ...],
+    mesh: AbstractMesh,
+) -> PyTree:
+    """`function(shared, *batched)`, called on each shard of the batch and put together.
+
+    The function draws the random numbers that it draws for the whole batch. Of what it returns,
+
+    - a leaf of `shared` that it passes on comes back as it is;
+    - a leaf that would grow with the batch has samples on some axis, and is sharded on it;
+    - a leaf that all shards agree on, because collectives made it the same, comes back once;
+    - of any other leaf the mean over the shards comes back, or the largest if it is of integers.
+
+    Args:
+        function: a function of pytrees of arrays.
+        shared: what is the same on all shards.
+        batched: pytrees with the batch on axis 0 of each leaf.
+        axes: the mesh axes.
+        mesh: their mesh, from `find_mesh`.
+    """
+    held = Held(function)
+    if held.is_certain:
+        leaves, static = _call_on_shards_compiled(axes, mesh, held, shared, batched)
+    else:
+        call = functools.partial(_call_on_shards, axes, mesh)
+        leaves, static = jax.jit(call)(held, shared, batched)
+    structure, places = static.value
+    given, made = jax.tree.leaves(shared), iter(leaves)
+    leaves = [next(made) if place is None else given[place] for place in places]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _call_on_shards(
+    axes: tuple[str, ...],
+    mesh: AbstractMesh,
+    held: Held,
+    shared: PyTree,
+    batched: tuple[PyTree, ...],
+) -> tuple[list[jax.Array], Static]:
+    """The new leaves, the structure of the result, and for each leaf its place in `shared`."""
+
+    def made(held: Held, shared: PyTree, *batched: PyTree) -> tuple[list[jax.Array], Static]:
+        leaves, structure = jax.tree.flatten(held.value(shared, *batched))
+        given = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(shared))}
+        places = tuple(given.get(id(leaf)) for leaf in leaves)
+        new = [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
+        return new, Static((structure, places))
+
+    def widen(held: Held, shared: PyTree, *batched: PyTree) -> tuple[PyTree, ...]:
+        return held, shared, *draws.repeated(batched, axes)
+
+    found: Any = None
+
+    def local(both: tuple[Held, PyTree], *batched: PyTree) -> list[jax.Array]:
+        nonlocal found
+        leaves, static = draws.as_on_one_device(made, widen, axes)(*both, *batched)
+        whole, _ = jax.eval_shape(lambda: made(*widen(*both, *batched)))
+        grown = [draws.grown(*map(jnp.shape, pair)) for pair in zip(leaves, whole, strict=True)]
+        specs = [P() if axis is None else P(*[None] * axis, axes) for axis in grown]
+        found = specs, static
+        return [
+            _agreed(leaf, axes) if axis is None else tree.vary_over(leaf, frozenset(axes))
+            for leaf, axis in zip(leaves, grown, strict=True)
+        ]
+
+    def look(*args: PyTree) -> tuple[()]:
+        local(*args)
+        return ()
+
+    arguments = (held, shared), *batched
+    # What is the same on all shards stays so in JAX's types, unless f has a loop whose carry starts
+    # from it and is mixed with the samples.
+    for varies in (_is_key, _is_own):
+        try:
+            jax.eval_shape(lambda: map_shards(look, axes, mesh, P(), varies)(*arguments))  # noqa: B023
+            break
+        except TypeError:
+            if varies is _is_own:
+                raise
+    specs, static = found
+    return map_shards(local, axes, mesh, specs, varies)(*arguments), static
+
+
+_call_on_shards_compiled = jax.jit(_call_on_shards, static_argnums=(0, 1))
+
+
+def _agreed(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The mean over the shards, or the largest where there is no mean, if they may differ."""
+    axes = tuple(axis for axis in axes if axis in _compat.varying_axes(leaf))
+    if not axes:
+        return leaf
+    if _is_key(leaf.dtype):
+        data = lax.pmax(jax.random.key_data(leaf), axes)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    if leaf.dtype == jnp.bool_:
+        return lax.pmax(leaf.astype(jnp.int32), axes) > 0
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return lax.pmean(leaf, axes)
+    return lax.pmax(leaf, axes)
