@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from deq_jax import Picard, deq_fixed_point
 from deq_jax.closure import Closure
 from deq_jax.passes import cpu, ready_for_loop
+from experiments.studies.collectives import program
 from tests.gradients.test_prepared import check_forward_and_transposed, conv, normal, primitives
 from tests.reference import relative_error
 
