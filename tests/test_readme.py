@@ -1,6 +1,9 @@
 """The README's examples run as they stand, and its equations hold."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -145,3 +148,21 @@ def test_the_guide_to_loops_runs():
     exec(compile(hand, "docs/loops.md", "exec"), names)
     assert names["stats"].converged.all()
     assert names["state"].done
+
+
+PAGES_ON_DEVICES = ("scaling", "partitioning", "scaling_layers")
+
+
+@pytest.mark.parametrize("page", PAGES_ON_DEVICES)
+@pytest.mark.slow
+def test_the_guides_to_several_devices_run(page):
+    """In a process of their own, with four devices: one of them sets a mesh for good."""
+    guide = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", guide, flags=re.DOTALL | re.MULTILINE)
+    program = "\n".join(block for block in blocks if "import" in block or page == "scaling_layers")
+    assert "jax" in program
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUMPY_DTYPE_PROMOTION": "standard"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
