@@ -65,8 +65,14 @@ def as_on_one_device(
     return drawn
 
 
+def shown(axes: tuple[str, ...]) -> str:
+    """The axes as they were given, for messages: a name alone, or a tuple."""
+    (first, *others) = axes
+    return repr(axes if others else first)
+
+
 def _name(axes: tuple[str, ...]) -> str:
-    return f"Execution(shard_axis={axes if len(axes) > 1 else axes[0]!r})"
+    return f"Execution(shard_axis={shown(axes)})"
 
 
 def _count(axes: tuple[str, ...]) -> int:

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from deq_jax import _compat, checks, precision, sharding, tree
 from deq_jax.adjoint import Affine, Solved
@@ -579,6 +580,9 @@ def _attached(
     probe: BackwardProbe | None,
 ) -> Solution:
     """The solution whose value and samples have the derivatives that the policies give them."""
+    # A checkpoint around the layer that saves this name does not solve again.
+    value = jax.tree.map(lambda leaf: checkpoint_name(leaf, "equilibrium"), solution.value)
+    solution = dataclasses.replace(solution, value=value)
     states = (solution.value, *solution.samples)
     steps = (solution.stats.step, *solution.sample_steps)
     value, *samples = (

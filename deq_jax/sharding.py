@@ -103,7 +103,7 @@ def find_mesh(
     axes = tuple(axis for axis in axes if axis not in context.manual_axes)
     if not axes:
         return None, ()
-    name = f"Execution.shard_axis={_shown(axes)}"
+    name = f"Execution.shard_axis={draws.shown(axes)}"
     if not batched:
         raise ValueError(f"{name} splits a batch; it does not go with batched=False")
     mesh = _mesh_with(axes, (x, z0), name)
@@ -123,10 +123,6 @@ def find_mesh(
     return mesh, axes
 
 
-def _shown(axes: tuple[str, ...]) -> str:
-    return repr(axes if len(axes) > 1 else axes[0])
-
-
 def _warn_of_other_axes(axes: tuple[str, ...], mesh: AbstractMesh, x: PyTree) -> None:
     """Warns if the batch turns out to be sharded over axes of the mesh that are not named."""
     others = {axis for axis, size in mesh.shape.items() if size > 1}
@@ -141,7 +137,7 @@ def _warn_of_other_axes(axes: tuple[str, ...], mesh: AbstractMesh, x: PyTree) ->
         found = others.intersection(as_axes(first))
         if found:
             warnings.warn(
-                f"Execution.shard_axis={_shown(axes)}, but the batch is also sharded over "
+                f"Execution.shard_axis={draws.shown(axes)}, but the batch is also sharded over "
                 f"{sorted(found)}: devices along it solve the same samples twice. Write "
                 f"shard_axis={(*axes, *sorted(found))}",
                 stacklevel=2,
@@ -198,7 +194,7 @@ def gather_params(params: PyTree, axis: str | tuple[str, ...]) -> PyTree:
     context = jax.sharding.get_abstract_mesh()
     leaves, structure = jax.tree.flatten(params)
     arrays = [leaf for leaf in leaves if checks.is_array(leaf)]
-    mesh = _mesh_with(axes, arrays, f"gather_params(..., {_shown(axes)})")
+    mesh = _mesh_with(axes, arrays, f"gather_params(..., {draws.shown(axes)})")
     if set(axes).intersection(_explicit_axes(mesh)):
         whole = [_reshard_without(leaf, axes) for leaf in arrays]
     else:

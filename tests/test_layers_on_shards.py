@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import deq_jax.linen
 import deq_jax.nnx
-from deq_jax import Execution, Implicit, Picard, Unrolled, deq_fixed_point
+from deq_jax import BackwardProbe, Execution, Implicit, Picard, Unrolled, deq_fixed_point
 from deq_jax.accumulation import accumulate_gradients
 from deq_jax.sharding import call_on_shards, find_mesh
 from experiments.studies.collectives import program
@@ -320,6 +320,27 @@ def test_a_policy_of_checkpoint_sees_the_names_in_f(gradient, capsys):
     assert "8,7]" in saved(saving("hidden"))
     assert "8,7]" not in saved(saving("something else"))
     got = jax.jit(jax.grad(saving("hidden"), (0, 1)))(params, x)
+    assert relative_error(got, jax.grad(loss, (0, 1))(params, x)) < 1e-12
+
+
+@pytest.mark.parametrize("probed", [False, True])
+def test_a_checkpoint_that_saves_the_equilibrium_does_not_solve_again(probed):
+    params = {"in": normal(2, 7, scale=0.3), "out": normal(7, 2, seed=1, scale=0.3)}
+    x, cotangent = inputs()
+    probe = BackwardProbe.zeros(len(x)) if probed else None
+
+    def loss(params, x):
+        z = deq_fixed_point(named, params, x, solver=Picard(1.0, 1e-12, 60), backward_probe=probe)
+        return jnp.vdot(cotangent, jnp.sin(z))
+
+    def loops(function):
+        jaxpr = jax.make_jaxpr(jax.value_and_grad(function))(params, x)
+        return str(jaxpr).count(" while[")
+
+    policy = jax.checkpoint_policies.save_only_these_names("equilibrium")
+    saving = jax.checkpoint(loss, policy=policy)
+    assert loops(saving) == loops(loss) < loops(jax.checkpoint(loss))
+    got = jax.jit(jax.grad(saving, (0, 1)))(params, x)
     assert relative_error(got, jax.grad(loss, (0, 1))(params, x)) < 1e-12
 
 

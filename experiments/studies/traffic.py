@@ -225,7 +225,7 @@ def measure_layout(layout: Layout, mode: str, solver: Any) -> dict[str, Any]:
         placed = jax.tree.map(
             lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec)), arguments, specs
         )
-        compiled = _gradient(loss_of(layout, mode, solver)).lower(*placed).compile()
+        compiled: Any = _gradient(loss_of(layout, mode, solver)).lower(*placed).compile()
         error = relative_error(compiled(*placed), expected)
         asked = _asked_by_f(layout, mode, placed)
     # The programs of `device_get` aside, the outermost loops are the solve and the backward solve.
@@ -263,8 +263,8 @@ def _asked_by_f(layout: Layout, mode: str, arguments: Any) -> set[tuple[str, ...
         )
     if layout.gathers:
         params = jax.device_put(params, NamedSharding(mesh_of(layout, mode), P()))
-    text = jax.jit(value_and_products).lower(params, x, x).compile().as_text()
-    return {c.shapes for c in program(text).everywhere() if c.kind == "all-gather"}
+    compiled: Any = jax.jit(value_and_products).lower(params, x, x).compile()
+    return {c.shapes for c in program(compiled.as_text()).everywhere() if c.kind == "all-gather"}
 
 
 def relative_error(got: PyTree, expected: PyTree) -> float:
@@ -365,7 +365,7 @@ def measure_scale(scale: Scale) -> dict[str, Any]:
 
     with jax.set_mesh(mesh):
         gradient = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
-        compiled = gradient.lower(state, tokens).compile()
+        compiled: Any = gradient.lower(state, tokens).compile()
     found = program(compiled.as_text())
     loops = [_total(loop)[1] for loop in found.inner]
     gathered = [c for loop in found.inner for c in loop.everywhere() if c.kind == "all-gather"]

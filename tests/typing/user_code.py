@@ -189,7 +189,7 @@ def executions(params: Params, x: jax.Array) -> None:
         )
         assert_type(z, jax.Array)
         assert_type(stats.evaluations, jax.Array)
-    axis: str | None = Execution(shard_axis="data").shard_axis
+    axis: str | tuple[str, ...] | None = Execution(shard_axis="data").shard_axis
     assert axis == "data"
     single = deq_fixed_point(cell, params, x, jnp.zeros((3, 4)), batched=False)
     assert_type(single, jax.Array)
