@@ -19,6 +19,7 @@ from experiments.data import Batch
 from experiments.train import metrics, stability
 from experiments.train.config import TrainingConfig
 from experiments.train.metrics import Outcome, Totals, cross_entropy
+from experiments.train.processes import BATCH
 
 PyTree = Any
 
@@ -128,7 +129,12 @@ def make_train_step(
         state = TrainState(params, rest, optimizer_state, state.step + 1, totals, outcome.memory)
         return state, outcome.loss
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(mesh))
+    out = (
+        None
+        if mesh is None
+        else (state_shardings(model, optimizer, mesh), NamedSharding(mesh, P()))
+    )
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out)
 
 
 def forward(
@@ -191,7 +197,8 @@ def make_evaluate_batch(
         batch_totals = metrics.batch_totals(loss, correct, batch.counts, stats)
         return metrics.add(totals, batch_totals), memory
 
-    return jax.jit(evaluate_batch, donate_argnums=0, out_shardings=replicated(mesh))
+    out = None if mesh is None else (NamedSharding(mesh, P()), NamedSharding(mesh, BATCH))
+    return jax.jit(evaluate_batch, donate_argnums=0, out_shardings=out)
 
 
 def network_inputs(batch: Batch, memory: PyTree, white: int) -> jax.Array | Segment:
@@ -238,6 +245,24 @@ def definition_of(model: Any, phase: stability.Phase | None, *, training: bool) 
     return definition
 
 
-def replicated(mesh: Mesh | None) -> NamedSharding | None:
-    """The replicated sharding: every device holds the whole array."""
-    return None if mesh is None else NamedSharding(mesh, P())
+def state_shardings(
+    model: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Where the state of a training is held: a sharding for each part of it, or each array.
+
+    The optimiser's moments are where their parameters are, and a memory is split like the batch.
+    """
+    whole = NamedSharding(mesh, P())
+    _, params, _ = split_model(model)
+    split = jax.tree.map(lambda leaf: whole, params)
+    held = optax.tree.map_params(
+        optimizer,
+        lambda leaf, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        split,
+        transform_non_params=lambda leaf: whole,
+    )
+    memory = NamedSharding(mesh, BATCH)
+    return TrainState(
+        params=split, rest=whole, optimizer_state=held, step=whole, totals=whole, memory=memory
+    )
