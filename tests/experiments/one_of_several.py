@@ -1,0 +1,41 @@
+"""One process of a run with several, for test_processes.py: commands one after another.
+
+    python -m tests.experiments.one_of_several COMMANDS
+
+COMMANDS is a JSON list of `[script, flags, seconds]`; each step of the command is preceded by a
+sleep of so many seconds, so that a test can send a signal in the middle. Figures are not drawn. The
+exit code of each command is written to stderr, and where it stopped.
+"""
+
+import importlib
+import json
+import sys
+import time
+
+from experiments.train import loop
+
+
+def main() -> int:
+    place_batch, stopped, pause = loop.place_batch, loop.Stopped, 0.0
+
+    def place_slowly(*arguments):
+        time.sleep(pause)
+        return place_batch(*arguments)
+
+    def stopped_aloud(message, code):
+        print(message, file=sys.stderr, flush=True)
+        return stopped(message, code)
+
+    loop.draw = lambda *arguments: None
+    loop.place_batch, loop.Stopped = place_slowly, stopped_aloud
+    code = 0
+    for script, flags, pause in json.loads(sys.argv[1]):
+        code = importlib.import_module(f"experiments.{script}").main(flags)
+        print(f"{script} returned {code}", file=sys.stderr, flush=True)
+        if code:
+            break
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
