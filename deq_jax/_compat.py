@@ -82,6 +82,15 @@ def without_dead_code(jaxpr: Any, outvars: Sequence[Any]) -> Any:
     return with_equations(jaxpr, jaxpr.invars, equations[::-1], outvars)
 
 
+def bind(jaxpr: Any, equation: Any, values: Sequence[Any], **params: Any) -> list[Any]:
+    """The outputs of an equation of `jaxpr` on these values; `params` replace some of its own."""
+    invars = [new_variable(atom) for atom in equation.invars]
+    outvars = [new_variable(variable) for variable in equation.outvars]
+    params = {**equation.params, **params}
+    equation = equation.replace(invars=invars, outvars=outvars, params=params)
+    return evaluate(with_equations(jaxpr, invars, [equation], outvars), values)
+
+
 def new_variable(like: Any) -> Any:
     """A variable of the type of `like` that occurs nowhere else."""
     return core.Var(like.aval)
@@ -140,9 +149,19 @@ def _axis_names() -> list[str]:
     return untyped.unsafe_get_axis_names_DO_NOT_USE()
 
 
+def tracks_varying_axes(axis: str) -> bool:
+    """Whether the `shard_map` over this axis keeps track of what varies (`check_vma=True`)."""
+    return bool(varying_axes(lax.axis_index(axis)))
+
+
 def varying_axes(leaf: Any) -> frozenset[str]:
     """The mesh axes of a `shard_map` over which an array varies; empty outside of one."""
     return jax.typeof(leaf).manual_axis_type.varying
+
+
+def varying_axes_of(atom: Any) -> frozenset[str]:
+    """`varying_axes` of a variable or literal in a jaxpr."""
+    return atom.aval.manual_axis_type.varying
 
 
 def manual_axes() -> frozenset[str]:
@@ -153,6 +172,12 @@ def manual_axes() -> frozenset[str]:
 def explicit_axes() -> frozenset[str]:
     """Mesh axes of the context whose shardings are part of JAX's types."""
     return frozenset(jax.sharding.get_abstract_mesh().explicit_axes)
+
+
+def shards_states() -> bool:
+    """Whether the context has a mesh over whose axes JAX may shard a state, on any of its axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[axis] > 1 for axis in mesh.auto_axes)
 
 
 def cond_saves() -> bool:

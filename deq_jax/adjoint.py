@@ -383,8 +383,7 @@ def _solve_system(
 
     def solver(transposed: bool, inverse: Inverse) -> Callable[[Any, jax.Array], Any]:
         def solved(_: Any, packed: jax.Array) -> tuple[jax.Array, BackwardProbe]:
-            system = Affine.of(f, z, tree.unpack(packed, z), transposed)
-            w, stats = inverse(system, report)
+            w, stats = _inverted(f, z, tree.unpack(packed, z), inverse, transposed, report)
             return tree.pack(w), BackwardProbe.of(stats)
 
         return solved
@@ -421,8 +420,16 @@ def _reverse_system(
     With v = Aᵀ v + w̄:  b̄ = v and Ā = v wᵀ, the latter pulled back to f and z.
     """
     transposed, report = how.value
-    w, stats = inverse(Affine.of(f, z, b, transposed), report)
+    w, stats = _inverted(f, z, b, inverse, transposed, report)
     return w, BackwardProbe.of(stats)
+
+
+def _inverted(
+    f: Closure, z: PyTree, b: PyTree, inverse: Inverse, transposed: bool, report: bool
+) -> Solution:
+    with tree.samples_split_over(f.split_axes):
+        w, stats = inverse(Affine.of(f, z, b, transposed), report)
+        return Solution(w, tree.same_on_parts(stats))
 
 
 def _system_forward(f: Any, z: Any, b: Any, inverse: Any, how: Any) -> tuple[Any, Any]:

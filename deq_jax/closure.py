@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from deq_jax import _compat, checks, kept, tree
+from deq_jax import _compat, checks, draws, kept, tree
 from deq_jax.mixing import check_apart
 from deq_jax.precision import cast, cast_like
 from deq_jax.program import Program
@@ -29,7 +29,7 @@ Cell = Callable[[Any, Any, Any], Any]
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["arrays", "parts"],
-    meta_fields=["program", "key_impls", "takes_step", "check_every"],
+    meta_fields=["program", "key_impls", "takes_step", "check_every", "split_axes"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Closure:
@@ -44,6 +44,7 @@ class Closure:
         takes_step: it is a function of the pair of the number of the evaluation, int32 `[B]`, and
             the state, until `bound` sets the number.
         check_every: see `Execution`.
+        split_axes: mesh axes along which devices hold parts of the same samples.
     """
 
     arrays: tuple[Any, ...]
@@ -52,6 +53,7 @@ class Closure:
     parts: tuple["Closure", ...] = ()
     takes_step: bool = False
     check_every: int = 1
+    split_axes: tuple[str, ...] = ()
 
     differentiable: ClassVar[bool] = True
 
@@ -116,6 +118,12 @@ class Closure:
     def mesh_axes(self) -> tuple[str, ...]:
         """Names of the axes over which it communicates."""
         return self.program.mesh_axes
+
+    @property
+    def state_axes(self) -> frozenset[str]:
+        """The mesh axes of a `shard_map` over which the state varies."""
+        state = self.program.jaxpr.invars[len(self.arrays) :]
+        return frozenset().union(*map(_compat.varying_axes_of, state))
 
     @property
     def size(self) -> int:
@@ -253,6 +261,7 @@ def close(
     pass_step: bool = False,
     sizes: Sequence[int] = (),
     value_only: bool = False,
+    shard_axes: tuple[str, ...] = (),
 ) -> Closure:
     """Traces `z -> f(params, z, x)` and checks that f returns the form of z.
 
@@ -272,6 +281,8 @@ def close(
             `Closure.takes_step`.
         sizes: also trace f for these numbers of samples, as `Closure.parts`.
         value_only: see `Program`.
+        shard_axes: mesh axes over whose shards the batch is split: random numbers are drawn as for
+            the whole batch.
 
     Raises:
         ValueError: f returns another structure, shape or dtype; names the leaf, got and expected.
@@ -295,15 +306,27 @@ def close(
         fz = call_checked(f, params, drop_batch_axis(z), x, step, cell_dtype, has_aux)
         return (add_batch_axis(fz[0]), fz[1]) if has_aux else add_batch_axis(fz)
 
-    def closed(arguments: Held, z: PyTree) -> Closure:
-        # Inside a `shard_map`, z has to vary over the mesh axes of all that f uses.
-        z = tree.vary_over(z, tree.varying_axes(arguments))
+    def widen(arguments: Held, step: jax.Array | None, z: PyTree) -> tuple[PyTree, ...]:
+        params, x = arguments.value
+        x, step, z = draws.repeated((Held(x), step, z), shard_axes)
+        return Held((params, x.value)), step, z
+
+    drawn = draws.as_on_one_device(function, widen, shard_axes) if shard_axes else function
+
+    def traced(arguments: Held, z: PyTree, *, casts: bool = False) -> Any:
         step = tree.zeros_per_sample(z).astype(jnp.int32) if pass_step else None
-        options = f, batched, cell_dtype, has_aux
-        jaxpr, captured, out_tree = _trace(function, options, arguments, step, z)
-        if tree.varying_axes(captured) - tree.varying_axes(z):
-            step, z = tree.vary_over((step, z), tree.varying_axes(captured))
-            jaxpr, captured, out_tree = _compat.trace(function, arguments, step, z)
+
+        def varying(arguments: Held, step: jax.Array | None, z: PyTree) -> PyTree:
+            value = drawn(arguments, step, z)
+            fz, *aux = value if has_aux else (value,)
+            fz = tree.vary_over(fz, tree.varying_axes(z))
+            return (fz, *aux) if has_aux else fz
+
+        options = f, batched, cell_dtype, has_aux, casts, shard_axes
+        return _trace(varying if casts else drawn, options, arguments, step, z)
+
+    def closed(arguments: Held, z: PyTree) -> Closure:
+        jaxpr, captured, out_tree = _trace_over_mesh(traced, arguments, z)
         arrays = (*captured, *arguments.arrays)
         shared = len(arrays) - len(Held(x).arrays)
         per_sample = tuple(batched and i >= shared for i in range(len(arrays)))
@@ -311,7 +334,7 @@ def close(
         return dataclasses.replace(found, takes_step=pass_step)
 
     whole = closed(held, start)
-    start = tree.vary_over(start, tree.varying_axes(whole.arrays))
+    start = tree.vary_over(start, whole.state_axes)
     parts = tuple(_closed_for(closed, params, x, start, size, sizes[-1]) for size in sizes)
     for part in parts:
         _check_uses(whole, part, sizes[-1])
@@ -359,6 +382,38 @@ def _check_uses(whole: Closure, part: Closure, shrink_to: int) -> None:
                 f"Execution(shrink_to={shrink_to}): f on {part.size} of the {whole.size} samples "
                 f"uses an array {jax.typeof(array)} that it does not use on all samples"
             )
+
+
+def _trace_over_mesh(traced: Callable[..., Any], arguments: Held, z: PyTree) -> Any:
+    """`traced(arguments, z)`, with z varying over the same mesh axes of a `shard_map` as f(z).
+
+    They are the axes of all that f uses, without those that f sums away: with w split over the axis
+    `model`, `tanh(psum(z @ w, "model"))` is the same on all devices along it.
+    """
+    if not _compat.manual_axes():
+        return traced(arguments, z)
+
+    def value_axes(found: Any) -> list[frozenset[str]]:
+        outputs = found[0].outvars[: len(jax.tree.leaves(z))]
+        return [_compat.varying_axes_of(atom) for atom in outputs]
+
+    own = tree.varying_axes(z)
+    axes = own | tree.varying_axes(arguments)
+    found = traced(arguments, tree.vary_over(z, axes))
+    # Along an axis over which f communicates, f(z) may vary only because z was made to.
+    communicates = axes.intersection(_compat.mesh_axes(found[0])) - own
+    if communicates:
+        try:
+            found = traced(arguments, tree.vary_over(z, axes - communicates))
+            axes -= communicates
+        except TypeError:
+            pass  # f has a loop, whose carry has to vary as the arrays that it meets
+    while (needed := own.union(*value_axes(found))) != axes:
+        axes = needed
+        found = traced(arguments, tree.vary_over(z, axes))
+    if set(value_axes(found)) != {axes}:
+        found = traced(arguments, tree.vary_over(z, axes), casts=True)
+    return found
 
 
 _traces: dict[Hashable, tuple[Hashable, Any]] = {}

@@ -1,8 +1,8 @@
 """Several states of each sample side by side, as solvers keep them: windows, bases, factors.
 
-A stack of m columns is a tree with leaves `[B, m, D]`, flat behind the batch axis. (In the state's
-own shape XLA 0.10 on a CPU reshaped such stacks for every product and copied them to do so.)
-Coefficients belong to a sample and stand over all leaves: `[B, m]`.
+A stack of m columns is a tree with leaves `[B, m, ...]`, for states with leaves `[B, ...]` as
+`tree.flatten_samples` makes them. Coefficients belong to a sample and stand over all leaves:
+`[B, m]`.
 """
 
 import functools
@@ -18,18 +18,18 @@ PyTree = Any
 
 
 def empty(flat: PyTree, slots: int) -> PyTree:
-    """Zero columns for states with leaves `[B, D]`; they vary over mesh axes as `flat` does."""
+    """Zero columns for states with leaves `[B, ...]`; they vary over mesh axes as `flat` does."""
     zeros = tree.zeros_per_sample(flat)
 
     def leaf_empty(leaf: jax.Array) -> jax.Array:
-        columns = jnp.zeros((1, slots, leaf.shape[1]), leaf.dtype)
-        return columns + zeros.astype(leaf.dtype)[:, None, None]
+        columns = jnp.zeros((1, slots, *leaf.shape[1:]), leaf.dtype)
+        return columns + tree.over_samples(zeros.astype(leaf.dtype), columns)
 
     return jax.tree.map(leaf_empty, flat)
 
 
 def store(columns: PyTree, values: PyTree, slot: jax.Array | int) -> PyTree:
-    """Writes `values`, leaves `[B, D]`, into one column, the same for all samples."""
+    """Writes `values`, leaves `[B, ...]`, into one column, the same for all samples."""
     return jax.tree.map(
         lambda columns, leaf: lax.dynamic_update_index_in_dim(columns, leaf, slot, 1),
         columns,
@@ -38,7 +38,7 @@ def store(columns: PyTree, values: PyTree, slot: jax.Array | int) -> PyTree:
 
 
 def read(columns: PyTree, slot: jax.Array | int) -> PyTree:
-    """One column, leaves `[B, D]`."""
+    """One column, leaves `[B, ...]`."""
     return jax.tree.map(
         lambda columns: lax.dynamic_index_in_dim(columns, slot, 1, keepdims=False), columns
     )
@@ -50,11 +50,12 @@ def inner_products(columns: PyTree, values: PyTree) -> jax.Array:
 
     def leaf_products(columns: jax.Array, leaf: jax.Array) -> jax.Array:
         def real_products(a: jax.Array, b: jax.Array) -> jax.Array:
+            axes = tuple(range(2, a.ndim)), tuple(range(1, b.ndim))
             # Full precision: accelerators would take float32 products in fewer bits by default.
             return lax.dot_general(
                 a,
                 b,
-                (((2,), (1,)), ((0,), (0,))),
+                (axes, ((0,), (0,))),
                 lax.Precision.HIGHEST,
                 preferred_element_type=dtype,
             )
@@ -64,11 +65,11 @@ def inner_products(columns: PyTree, values: PyTree) -> jax.Array:
         return real_products(columns, leaf)
 
     products = jax.tree.leaves(jax.tree.map(leaf_products, columns, values))
-    return functools.reduce(jnp.add, products)
+    return tree.sum_of_parts(functools.reduce(jnp.add, products))
 
 
 def combine(weights: jax.Array, columns: PyTree) -> PyTree:
-    """`Σ_i weights_i column_i` for each sample, leaves `[B, D]` in the columns' dtypes."""
+    """`Σ_i weights_i column_i` for each sample, leaves `[B, ...]` in the columns' dtypes."""
 
     def leaf_combine(columns: jax.Array) -> jax.Array:
         dtype = tree.working_dtype(columns.dtype)
@@ -88,11 +89,11 @@ def orthogonalize(basis: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array,
     """One step of Arnoldi's process: classical Gram-Schmidt, done twice.
 
     Args:
-        basis: `[B, m, D]`, orthonormal columns and zeros.
-        w: `[B, D]`.
+        basis: `[B, m, ...]`, orthonormal columns and zeros.
+        w: `[B, ...]`.
 
     Returns:
-        Coefficients h `[B, m]`; the unit vector v `[B, D]` and its length `[B]` in
+        Coefficients h `[B, m]`; the unit vector v `[B, ...]` and its length `[B]` in
         `w = Σ h_i basis_i + length · v`. Both are 0 where w brings nothing new.
     """
     before = tree.norm(w)

@@ -27,19 +27,32 @@ class Execution:
             and more for sizes below 8. A tenth of the batch is a good choice. `GMRES` and
             `BiCGStab` as backward solvers do not shrink. Under `vmap` it is right but saves little.
             With a batch sharded over devices, set `shard_axis` too, or samples move between them.
-        shard_axis: name of the mesh axis over which the batch is sharded. The solve runs in
-            `jax.shard_map` over it: each shard is solved on its own device and stops by itself, and
-            no trip of a loop waits for another device, forwards or backwards (`Unrolled` alone does
-            wait). The mesh is that of `jax.set_mesh`, or that of the sharding of a leaf of x or z0;
-            its other axes stay automatic. Every leaf of x and z is split on axis 0, `params` and
-            closures are the same on all shards and their gradients summed over them. Counts of
-            evaluations and products, in `stats` and probe, are those of the shard with the most.
-            An f that mixes samples mixes those of a shard, unless it uses collectives over the
-            axis. The shard's index is folded into every PRNG key in `params` and closures, so that
-            each shard draws its own dropout masks; raw keys (integer arrays) are left as they are.
-            Reverse mode only. Inside a `shard_map` over this axis it changes
+        shard_axis: name of the mesh axis over which the batch is sharded, or a tuple of names if it
+            is sharded over several. The solve runs in `jax.shard_map` over them: each shard is
+            solved on its own device and stops by itself, and no trip of a loop waits for another
+            device, forwards or backwards (`Unrolled` alone does wait). `params` that are sharded
+            over these axes are gathered once, before the loops. The mesh is that of `jax.set_mesh`,
+            or that of the sharding of a leaf of x or z0; its other axes stay automatic. Every leaf
+            of x and z is split on axis 0, `params` and closures are the same on all shards and
+            their gradients summed over them. Counts of evaluations and products, in `stats` and
+            probe, are those of the shard with the most. An f that mixes samples mixes those of a
+            shard, unless it uses collectives over the axes. Random numbers that f draws are those
+            that it draws on one device: each shard takes its rows of a draw for the whole batch.
+            A warning says if the batch is sharded over an axis that is not named.
+            Reverse mode only. Inside a `shard_map` over an axis, naming it changes
             nothing. With None there is one loop for the whole batch, whose devices agree in each
             trip whether to go on.
+        gather_axis: name of a mesh axis, or a tuple of names, over which `params` are sharded to
+            save memory while the batch is sharded over it too (FSDP, ZeRO-3). Their leaves are
+            gathered over it once, before the loops, instead of in each trip; the gradient comes
+            back sharded as they are. `shard_axis` does the same for its axes. A sharding of params
+            over other axes stays, as tensor parallelism needs it. It costs the memory of the whole
+            cell on each device during the layer.
+        state_axis: name of a mesh axis, or a tuple of names, of your own `shard_map` around the
+            solve, along which devices hold parts of the same samples: blocks of features, or of a
+            sequence, which f exchanges by collectives. Norms, inner products, histories and stops
+            are then those of whole samples. Without it each device would measure its part alone.
+            Under `jit` leave it out: XLA knows how a state is sharded. `Dense` refuses it.
         cell_dtype: real floating dtype in which f is evaluated: floating leaves of params, x and z
             are cast to it (complex ones to complex64, or complex128 for float64; no others), what f
             returns must have it and is cast back to the dtype of the state. Gradients reach params
@@ -65,11 +78,14 @@ class Execution:
             `shrink_to`: `batched=False`, `Unrolled`, an f that communicates over mesh axes, or
             that fails on fewer samples, or is seen to mix them; a leaf of x without the batch. For
             `shard_axis`: no mesh with that axis, another axis of explicit type, `batched=False`, a
-            batch that it does not divide, a leaf of x without the batch.
+            batch that it does not divide, a leaf of x without the batch, an f that draws random
+            numbers for each sample in a loop.
     """
 
     shrink_to: int | None = None
-    shard_axis: str | None = None
+    shard_axis: str | tuple[str, ...] | None = None
+    gather_axis: str | tuple[str, ...] | None = None
+    state_axis: str | tuple[str, ...] | None = None
     cell_dtype: Any = None
     state_dtype: Any = None
     check_every: int = 1
@@ -78,8 +94,8 @@ class Execution:
     def __post_init__(self) -> None:
         if self.shrink_to is not None:
             checks.check_count(self, "shrink_to")
-        if self.shard_axis is not None:
-            sharding.check_axis(self, "shard_axis")
+        for name in ("shard_axis", "gather_axis", "state_axis"):
+            sharding.check_axes(self, name)
         checks.check_count(self, "check_every")
         if not isinstance(self.progress, bool):
             checks.check_count(self, "progress")

@@ -279,6 +279,21 @@ class Setup:
                 "but batched=False has none"
             )
 
+    def split_axes(self) -> tuple[str, ...]:
+        """The mesh axes along which devices hold parts of the same samples.
+
+        Raises:
+            ValueError: this is not inside a `shard_map` over them.
+        """
+        axes = sharding.as_axes(self.execution.state_axis)
+        if not _compat.manual_axes() >= set(axes):
+            raise ValueError(
+                f"Execution(state_axis={self.execution.state_axis!r}) is for a solve inside your "
+                f"own shard_map over it, here one over {sorted(_compat.manual_axes())}; under jit "
+                "leave it out"
+            )
+        return axes
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -333,16 +348,19 @@ def _run(
     probe: BackwardProbe | None,
 ) -> Solution:
     """Checks and casts the arguments, closes f and solves."""
-    setup, axis = task.setup, task.setup.execution.shard_axis
+    setup = task.setup
     z0 = checked_start(x, z0, setup)
     _check_probe(probe, z0, setup.batched)
-    solve_closed = _CloseAndSolve(setup, _compat.at_top_level())
+    params = sharding.gathered(params, sharding.as_axes(setup.execution.gather_axis), (x, z0))
     held = Held((task.solver, task.policies, task.control))
     arguments = (Held(f), Held(params), Held(x), z0, held, probe)
-    mesh = sharding.find_mesh(axis, x, z0, setup.batched)
-    if mesh is None or axis is None:
-        return solve_closed(*arguments)
-    return sharding.solve_shards(solve_closed, arguments, axis, mesh)
+    named = sharding.as_axes(setup.execution.shard_axis)
+    mesh, axes = sharding.find_mesh(named, x, z0, setup.batched)
+    solve_closed = _CloseAndSolve(setup, _compat.at_top_level(), axes)
+    with tree.samples_split_over(setup.split_axes()):
+        if mesh is None:
+            return solve_closed(*arguments)
+        return sharding.solve_shards(solve_closed, arguments, axes, mesh)
 
 
 def checked_start(x: PyTree, z0: PyTree | None, setup: Setup) -> PyTree:
@@ -367,10 +385,12 @@ class _CloseAndSolve:
     Attributes:
         setup: the static options.
         value_only: see `Program`.
+        shard_axes: the mesh axes over whose shards the batch is split.
     """
 
     setup: Setup
     value_only: bool
+    shard_axes: tuple[str, ...]
 
     def __call__(
         self, f: Held, params: Held, x: Held, z0: PyTree, held: Held, probe: BackwardProbe | None
@@ -378,7 +398,14 @@ class _CloseAndSolve:
         """The solution by the solver, the policies and the control that are `held`."""
         solver, policies, control = held.value
         closed, watch = closed_problem(
-            f.value, params.value, x.value, z0, control, self.setup, value_only=self.value_only
+            f.value,
+            params.value,
+            x.value,
+            z0,
+            control,
+            self.setup,
+            value_only=self.value_only,
+            shard_axes=self.shard_axes,
         )
         plain = control.without_functions()
         if plain is not control:
@@ -395,6 +422,7 @@ def closed_problem(
     setup: Setup,
     *,
     value_only: bool,
+    shard_axes: tuple[str, ...] = (),
 ) -> tuple[Closure, Watch]:
     """The traces of f and of the functions of `control`."""
     execution = setup.execution
@@ -411,6 +439,7 @@ def closed_problem(
             batched=setup.batched,
             cell_dtype=execution.cell_dtype,
             value_only=value_only,
+            shard_axes=shard_axes,
         )
     closed = close(
         f,
@@ -423,8 +452,10 @@ def closed_problem(
         pass_step=setup.pass_step,
         sizes=fewer,
         value_only=value_only,
+        shard_axes=shard_axes,
     )
-    closed = dataclasses.replace(closed, check_every=execution.check_every)
+    split = sharding.as_axes(execution.state_axis)
+    closed = dataclasses.replace(closed, check_every=execution.check_every, split_axes=split)
     return closed, _watch(closed, control, z0, setup)
 
 
@@ -433,7 +464,7 @@ def _watch(f: Closure, control: Control, z0: PyTree, setup: Setup) -> Watch:
     if control.is_local and control.budget is None and control.norm == "l2":
         return Watch()
     z = z0 if setup.batched else add_batch_axis(z0)
-    z = jax.lax.stop_gradient(tree.vary_over(z, tree.varying_axes(f)))
+    z = jax.lax.stop_gradient(tree.vary_over(z, f.state_axes))
     aux = _aux_shapes(f, z, setup) if control.watches else None
     return Watch.of(control, z, aux, setup.batched)
 
@@ -465,9 +496,10 @@ def _solve(
             if probe is not None:
                 per_sample = {k: jnp.atleast_1d(a) for k, a in probe._asdict().items()}
                 probe = BackwardProbe(**per_sample)._replace(evaluations=probe.evaluations)
-        z0 = jax.lax.stop_gradient(tree.vary_over(z0, tree.varying_axes(closed)))
+        z0 = jax.lax.stop_gradient(tree.vary_over(z0, closed.state_axes))
         solution = _solve_and_attach(closed, z0, held, watch, probe, setup)
-        solution = dataclasses.replace(solution, state=None, sample_steps=())
+        stats = tree.same_on_parts(solution.stats)
+        solution = dataclasses.replace(solution, stats=stats, state=None, sample_steps=())
         if batched:
             return solution
         return dataclasses.replace(
@@ -608,6 +640,7 @@ def solve_adjoint(
                 f"expected {leaf.dtype}"
             )
     cotangent = jax.tree.map(lambda y, z: jnp.asarray(y, z.dtype), cotangent, z)
+    z = tree.vary_over(z, tree.varying_axes(cotangent))
     closed = close(f, params, x, z, batched=batched)
     return _solve_adjoint_compiled(closed, z, cotangent, Held(solver), batched)
 
@@ -616,8 +649,7 @@ def _solve_adjoint(f: Closure, z: PyTree, cotangent: PyTree, held: Held, batched
     if not batched:
         z, cotangent = add_batch_axis(z), add_batch_axis(cotangent)
     f, z, cotangent = jax.lax.stop_gradient((f, z, cotangent))
-    axes = tree.varying_axes((f, z, cotangent))
-    z, cotangent = tree.vary_over((z, cotangent), axes)
+    z, cotangent = tree.vary_over((z, cotangent), f.state_axes)
     system = Affine.of(f, z, cotangent, transposed=True)
     u, stats = Solved(held)(system, report=True)
     return Solution(u, stats) if batched else Solution(drop_batch_axis(u), stats.single())

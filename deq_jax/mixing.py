@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deq_jax import _compat
+from deq_jax.draws import draw_shapes
 
 _ELEMENTWISE = frozenset(
     "abs add add_any and atan2 cbrt ceil clamp complex conj convert_element_type copy copy_p cos "  # noqa: SIM905
@@ -47,13 +48,9 @@ def check_apart(jaxpr: Any, smaller: Any, per_sample: Sequence[bool], shrink_to:
         shrink_to: named in the message.
     """
     found = seen_to_mix(jaxpr, per_sample)
-    draws = [
-        [e.params["shape"] for e in _compat.all_equations(j) if e.primitive.name in _RANDOM]
-        for j in (jaxpr, smaller)
-    ]
-    if draws[0] != draws[1]:
+    if (shapes := draw_shapes(jaxpr)) != draw_shapes(smaller):
         found = (
-            f"draws random numbers for the whole batch from one key, of shapes {draws[0]}; draw "
+            f"draws random numbers for the whole batch from one key, of shapes {shapes}; draw "
             "them before the solve and pass them in x, or pass a key for each sample"
         )
     if found:
@@ -61,9 +58,6 @@ def check_apart(jaxpr: Any, smaller: Any, per_sample: Sequence[bool], shrink_to:
             f"Execution(shrink_to={shrink_to}) goes on with some samples alone, so f must treat "
             f"samples independently, but it {found}"
         )
-
-
-_RANDOM = frozenset({"random_bits", "random_split", "random_gamma"})
 
 
 def _follow(jaxpr: Any, axes: list[int | None]) -> tuple[str | None, list[int | None]]:

@@ -80,7 +80,7 @@ def _scale(f: Closure, z: PyTree, batched: bool) -> jax.Array:
     def estimate(f: Closure, z: PyTree) -> jax.Array:
         f, z = lax.stop_gradient((f, z))
         z = z if batched else add_batch_axis(z)
-        z = tree.vary_over(z, tree.varying_axes(f))
+        z = tree.vary_over(z, f.state_axes)
         v = _signs(z)
         _, product = f.linearize(z)
         scale = _signed_ratio(v, product(v))

@@ -8,6 +8,8 @@ cotangent is summed over the shards at one place, behind all loops.
 
 import dataclasses
 import functools
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deq_jax import checks
+from deq_jax import _compat, checks
 from deq_jax.closure import Closure
 from deq_jax.stats import BackwardProbe, Solution, SolveStats
 
@@ -63,57 +65,89 @@ def solution_specs(
     return Solution(state, stats, (state,) * len(shapes.samples), aux=aux)
 
 
-def check_axis(owner: object, name: str) -> None:
-    """Raises a TypeError unless field `name` of `owner` is the name of an axis."""
+def as_axes(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes that a field names: one, several or none."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else value
+
+
+def check_axes(owner: object, name: str) -> None:
+    """Raises a TypeError unless field `name` of `owner` names a mesh axis, or several or none."""
     value = getattr(owner, name)
-    if not isinstance(value, str):
-        raise TypeError(
-            f"{type(owner).__name__}.{name} must be the name of a mesh axis, got {value!r}"
-        )
+    many = isinstance(value, tuple) and len(value) == len(set(value)) > 0
+    if value is None or isinstance(value, str) or (many and all(isinstance(v, str) for v in value)):
+        return
+    raise TypeError(
+        f"{type(owner).__name__}.{name} must be the name of a mesh axis or a tuple of different "
+        f"names, got {value!r}"
+    )
 
 
-def find_mesh(axis: str | None, x: PyTree, z0: PyTree, batched: bool) -> AbstractMesh | None:
-    """The mesh over whose axis `axis` the solve is to be split.
+def find_mesh(
+    axes: tuple[str, ...], x: PyTree, z0: PyTree, batched: bool
+) -> tuple[AbstractMesh | None, tuple[str, ...]]:
+    """The mesh over whose axes `axes` the solve is to be split.
 
     It is the mesh of the context (`jax.set_mesh`) or that of the sharding of a leaf of x or z0.
 
     Returns:
-        The mesh; None where there is nothing to split: no axis was named, or this is inside a
-        `shard_map` over it already.
+        The mesh, and those of the axes over which this is not inside a `shard_map` already. None
+        and no axes where there is nothing to split.
 
     Raises:
-        ValueError: there is no such axis, the batch cannot be split over it, or another axis of
+        ValueError: there is no such axis, the batch cannot be split over them, or another axis of
             the mesh is of JAX's explicit type.
     """
-    if axis is None:
-        return None
-    name = f"Execution.shard_axis={axis!r}"
     context = jax.sharding.get_abstract_mesh()
-    if axis in context.manual_axes:
-        return None
+    axes = tuple(axis for axis in axes if axis not in context.manual_axes)
+    if not axes:
+        return None, ()
+    name = f"Execution.shard_axis={_shown(axes)}"
     if not batched:
         raise ValueError(f"{name} splits a batch; it does not go with batched=False")
-    meshes = [context, *(jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves((x, z0)))]
-    mesh = next((mesh for mesh in meshes if axis in mesh.axis_names), None)
-    if mesh is None:
-        raise ValueError(
-            f"{name} is no axis of a mesh that is known here: the mesh of the context has the axes "
-            f"{context.axis_names}, and no leaf of x or z0 is sharded over it; call under "
-            "jax.set_mesh(mesh)"
-        )
-    explicit = [other for other in _explicit_axes(mesh) if other != axis]
+    mesh = _mesh_with(axes, (x, z0), "shard_axis")
+    explicit = [other for other in _explicit_axes(mesh) if other not in axes]
     if explicit:
         raise ValueError(
             f"{name} needs all other axes of its mesh to be of type AxisType.Auto, but {explicit} "
             "are AxisType.Explicit; make the mesh with axis_types=..."
         )
-    batch, shards = jax.tree.leaves(z0)[0].shape[0], mesh.shape[axis]
+    batch, shards = jax.tree.leaves(z0)[0].shape[0], math.prod(mesh.shape[axis] for axis in axes)
     if batch % shards:
         raise ValueError(
             f"{name} has {shards} shards, which must divide the batch, got a batch of {batch}"
         )
     check_batch(f"{name} splits axis 0 of x", x, batch)
-    return mesh
+    _warn_of_other_axes(axes, mesh, x)
+    return mesh, axes
+
+
+def _shown(axes: tuple[str, ...]) -> str:
+    return repr(axes if len(axes) > 1 else axes[0])
+
+
+def _warn_of_other_axes(axes: tuple[str, ...], mesh: AbstractMesh, x: PyTree) -> None:
+    """Warns if the batch turns out to be sharded over axes of the mesh that are not named."""
+    others = {axis for axis, size in mesh.shape.items() if size > 1}
+    others -= {*axes, *_compat.manual_axes()}
+    leaves = jax.tree.leaves(x)
+    if not others or not leaves:
+        return
+
+    def look(sharding: Any) -> None:
+        spec = sharding.spec if isinstance(sharding, NamedSharding) else P()
+        first = spec[0] if len(spec) else None
+        found = others.intersection(as_axes(first))
+        if found:
+            warnings.warn(
+                f"Execution.shard_axis={_shown(axes)}, but the batch is also sharded over "
+                f"{sorted(found)}: devices along it solve the same samples twice. Write "
+                f"shard_axis={(*axes, *sorted(found))}",
+                stacklevel=2,
+            )
+
+    jax.debug.inspect_array_sharding(leaves[0], callback=look)
 
 
 def _explicit_axes(mesh: AbstractMesh) -> list[str]:
@@ -132,8 +166,61 @@ def check_batch(why: str, x: PyTree, batch: int) -> None:
             )
 
 
+def gathered(params: PyTree, axes: tuple[str, ...], x: PyTree) -> PyTree:
+    """The leaves of `params`, whole along these mesh axes, as a value of its own.
+
+    Without it XLA gathers weights that are split over the axis of the batch in each trip of a loop,
+    where they are used. A sharding over other axes stays.
+
+    Raises:
+        ValueError: no mesh with these axes is known here.
+    """
+    context = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in axes if axis not in context.manual_axes)
+    if not axes:
+        return params
+    leaves, structure = jax.tree.flatten(params)
+    arrays = [leaf for leaf in leaves if checks.is_array(leaf)]
+    mesh = _mesh_with(axes, (arrays, x), "gather_axis")
+    if set(axes).intersection(_explicit_axes(mesh)):
+        whole = [_reshard_without(leaf, axes) for leaf in arrays]
+    else:
+        whole = jax.shard_map(
+            lambda *arrays: arrays,
+            mesh=None if set(axes) <= set(context.axis_names) else mesh,
+            in_specs=P(),
+            out_specs=P(),
+            axis_names=set(axes),
+        )(*arrays)
+    given = iter(whole)
+    leaves = [next(given) if checks.is_array(leaf) else leaf for leaf in leaves]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _reshard_without(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """An array that is whole along these explicit axes and sharded as before along all others."""
+    kept = (
+        tuple(a for a in as_axes(part) if a not in axes) for part in jax.typeof(leaf).sharding.spec
+    )
+    return jax.sharding.reshard(leaf, P(*(part or None for part in kept)))
+
+
+def _mesh_with(axes: tuple[str, ...], arrays: PyTree, field: str) -> AbstractMesh:
+    """The mesh of the context, or that of the sharding of an array, that has these axes."""
+    context = jax.sharding.get_abstract_mesh()
+    meshes = [context, *(jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arrays))]
+    mesh = next((mesh for mesh in meshes if set(axes) <= set(mesh.axis_names)), None)
+    if mesh is None:
+        raise ValueError(
+            f"Execution.{field}={_shown(axes)} is no axis of a mesh that is known here: the mesh "
+            f"of the context has the axes {context.axis_names}, and no argument is sharded over "
+            "it; call under jax.set_mesh(mesh)"
+        )
+    return mesh
+
+
 def solve_shards(
-    solve: Callable[..., Solution], arguments: Any, axis: str, mesh: AbstractMesh
+    solve: Callable[..., Solution], arguments: Any, axes: tuple[str, ...], mesh: AbstractMesh
 ) -> Solution:
     """`solve(*arguments)` for each shard of the batch by itself.
 
@@ -141,38 +228,39 @@ def solve_shards(
         solve: solves for a batch, given f, params, x, z0, solver and policies, and the probe;
             hashable.
         arguments: these.
-        axis: the mesh axis.
-        mesh: its mesh, from `find_mesh`.
+        axes: the mesh axes.
+        mesh: their mesh, from `find_mesh`.
 
     Returns:
         The solution. `evaluations` and `products`, in the statistics and in the probe, are those
         of the shard with the most.
     """
     if arguments[0].is_certain:
-        return _over_shards_compiled(solve, axis, mesh, *arguments)
+        return _over_shards_compiled(solve, axes, mesh, *arguments)
     # Nothing is kept of an f that holds arrays.
-    return jax.jit(functools.partial(_over_shards, solve, axis, mesh))(*arguments)
+    return jax.jit(functools.partial(_over_shards, solve, axes, mesh))(*arguments)
 
 
 def _over_shards(
-    solve: Callable[..., Solution], axis: str, mesh: AbstractMesh,
+    solve: Callable[..., Solution], axes: tuple[str, ...], mesh: AbstractMesh,
     f: PyTree, params: PyTree, x: PyTree, z0: PyTree, held: PyTree, probe: BackwardProbe | None,
 ) -> Solution:  # fmt: skip
-    across = P(axis)
+    across = P(axes)
 
     def local(shared: PyTree, x: PyTree, z0: PyTree, probe: BackwardProbe | None) -> Solution:
         if probe is not None:
             probe = probe._replace(evaluations=probe.evaluations[0])
-        f, params, held = jax.tree.map(lambda leaf: _own_key(leaf, axis), shared)
+        f, params, held = shared
         solution = solve(f, params, x, z0, held, probe)
         return _with_counts(solution, lambda count: count[None])
 
     of_stats: Any = SolveStats
-    stats = of_stats(across, across, across, across, P(None, axis), across, across)
+    stats = of_stats(across, across, across, across, P(None, axes), across, across)
     samples: Any = across
-    mapped = _mapped(local, axis, mesh, Solution(across, stats, samples, aux=across))
+    mapped = _mapped(local, axes, mesh, Solution(across, stats, samples, aux=across))
     if probe is not None:
-        probe = probe._replace(evaluations=_one_each(probe.evaluations, mesh.shape[axis]))
+        shards = math.prod(mesh.shape[axis] for axis in axes)
+        probe = probe._replace(evaluations=_one_each(probe.evaluations, shards))
     return _with_counts(mapped((f, params, held), x, z0, probe), jnp.max)
 
 
@@ -180,44 +268,35 @@ _over_shards_compiled = jax.jit(_over_shards, static_argnums=(0, 1, 2))
 
 
 def _mapped(
-    local: Callable[..., PyTree], axis: str, mesh: AbstractMesh, out_specs: PyTree
+    local: Callable[..., PyTree], axes: tuple[str, ...], mesh: AbstractMesh, out_specs: PyTree
 ) -> Callable[..., PyTree]:
-    """`local(params, *batched)` on each shard; only `axis` is manual, all others stay automatic."""
+    """`local(params, *batched)` on each shard; only `axes` are manual, all others automatic."""
 
     def varying(params: PyTree, *batched: PyTree) -> PyTree:
-        return local(jax.tree.map(lambda leaf: _vary(leaf, axis), params), *batched)
+        return local(jax.tree.map(lambda leaf: _vary(leaf, axes), params), *batched)
 
     def mapped(params: PyTree, *batched: PyTree) -> PyTree:
-        if axis in _explicit_axes(mesh):  # JAX wants them to be as the specs say already
+        if set(axes).intersection(_explicit_axes(mesh)):  # JAX wants them as the specs say already
             params = jax.sharding.reshard(params, NamedSharding(mesh, P()))
-            batched = jax.sharding.reshard(batched, NamedSharding(mesh, P(axis)))
+            batched = jax.sharding.reshard(batched, NamedSharding(mesh, P(axes)))
         context = jax.sharding.get_abstract_mesh()
         function = jax.shard_map(
             varying,
-            mesh=None if axis in context.axis_names else mesh,
-            in_specs=(P(), *[P(axis)] * len(batched)),
+            mesh=None if set(axes) <= set(context.axis_names) else mesh,
+            in_specs=(P(), *[P(axes)] * len(batched)),
             out_specs=out_specs,
-            axis_names={axis},
+            axis_names=set(axes),
         )
         return function(params, *batched)
 
     return mapped
 
 
-def _vary(leaf: Any, axis: str) -> Any:
-    """Where nothing is differentiated there is no cotangent to be summed."""
-    inexact = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-    return lax.pcast(leaf, axis, to="varying") if inexact else leaf
-
-
-def _own_key(leaf: Any, axis: str) -> Any:
-    """A PRNG key of each shard's own, so that two shards draw different dropout masks."""
-    if not jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
-        return leaf
-    fold_in = jax.random.fold_in
-    for _ in range(leaf.ndim):
-        fold_in = jax.vmap(fold_in, (0, None))
-    return fold_in(leaf, lax.axis_index(axis))
+def _vary(leaf: Any, axes: tuple[str, ...]) -> Any:
+    """What a shard makes its own: arrays whose cotangents are to be summed, and random keys."""
+    kind = jnp.result_type(leaf)
+    own = jnp.issubdtype(kind, jnp.inexact) or jnp.issubdtype(kind, jax.dtypes.prng_key)
+    return lax.pcast(leaf, axes, to="varying") if own else leaf
 
 
 def _with_counts(solution: Solution, change: Callable[[jax.Array], jax.Array]) -> Solution:

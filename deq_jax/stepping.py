@@ -125,10 +125,11 @@ def start(
 @functools.partial(jax.jit, static_argnames=("setup",))
 def _start(closed: Closure, watch: Watch, held: Held, z0: PyTree, setup: Setup) -> SolveState:
     z0 = z0 if setup.batched else add_batch_axis(z0)
-    z0 = lax.stop_gradient(tree.vary_over(z0, tree.varying_axes(closed)))
+    z0 = lax.stop_gradient(tree.vary_over(z0, closed.state_axes))
     empty: Any = None
     state = SolveState(closed, watch, held, empty, setup)
-    return dataclasses.replace(state, carry=state._loop().begin(z0, None))
+    with tree.samples_split_over(setup.split_axes()):
+        return dataclasses.replace(state, carry=state._loop().begin(z0, None))
 
 
 def advance(state: SolveState, evaluations: int = 1) -> SolveState:
@@ -153,7 +154,8 @@ def _advance(state: SolveState, evaluations: Any) -> Carry:
     def proceed(carry: Carry) -> jax.Array:
         return loop.proceed(carry) & (carry.evaluations < end)
 
-    return lax.while_loop(proceed, functools.partial(loop.body, loop.f, None), state.carry)
+    with tree.samples_split_over(state.setup.split_axes()):
+        return lax.while_loop(proceed, functools.partial(loop.body, loop.f, None), state.carry)
 
 
 def finish(state: SolveState) -> Solution:

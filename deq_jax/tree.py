@@ -8,8 +8,11 @@ For whole-tree arithmetic without a batch use `optax.tree`; this file has the fu
 `optax.tree` lacks.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,6 +22,54 @@ from jax import lax
 from deq_jax import _compat
 
 PyTree = Any
+
+
+_split_axes: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("axes", default=())
+
+
+@contextlib.contextmanager
+def samples_split_over(axes: tuple[str, ...]) -> Iterator[None]:
+    """While it is open, devices along these axes of a `shard_map` hold parts of the same samples.
+
+    Inner products, norms and magnitudes are then those of whole samples.
+    """
+    token = _split_axes.set(axes)
+    try:
+        yield
+    finally:
+        _split_axes.reset(token)
+
+
+def are_whole() -> bool:
+    """Whether each device holds whole samples."""
+    return not _split_axes.get()
+
+
+def check_whole_samples(name: str) -> None:
+    """Raises a ValueError if devices hold parts of samples, which what is called `name` refuses."""
+    if axes := _split_axes.get():
+        raise ValueError(
+            f"{name} needs whole samples on each device; with Execution(state_axis={axes}) use "
+            "another solver, such as GMRES or Anderson"
+        )
+
+
+def same_on_parts(values: PyTree) -> PyTree:
+    """Arrays that agree on all devices that hold parts of the same samples, in JAX's types too."""
+    axes = frozenset(_split_axes.get())
+
+    def agreed(leaf: jax.Array) -> jax.Array:
+        varies = tuple(sorted(axes & _compat.varying_axes(leaf)))
+        return lax.pmax(leaf, varies) if varies else leaf
+
+    return jax.tree.map(agreed, values)
+
+
+def sum_of_parts(values: jax.Array) -> jax.Array:
+    """Sums `values` over the devices that hold parts of the same samples."""
+    axes = _split_axes.get()
+    # In JAX's types the sum may differ between these devices, as all else in a loop may.
+    return vary_over(lax.psum(values, axes), frozenset(axes)) if axes else values
 
 
 def accumulation_dtype(dtype: Any) -> Any:
@@ -59,7 +110,8 @@ def dot(a: PyTree, b: PyTree) -> jax.Array:
             product = a.astype(dtype) * b.astype(dtype)
         return product.sum(axes)
 
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(leaf_dot, a, b)))
+    dots = jax.tree.leaves(jax.tree.map(leaf_dot, a, b))
+    return sum_of_parts(functools.reduce(jnp.add, dots))
 
 
 def norm(a: PyTree) -> jax.Array:
@@ -76,6 +128,9 @@ def safe_norm(a: PyTree) -> jax.Array:
 def any_of(flags: jax.Array, mesh_axes: tuple[str, ...]) -> jax.Array:
     """`jnp.any(flags)`, over the devices along these axes of a `shard_map` too."""
     found = jnp.any(flags)
+    # Along all other axes the devices agree already.
+    varies = varying_axes(found) - frozenset(_split_axes.get())
+    mesh_axes = tuple(a for a in mesh_axes if a in varies or not _compat.tracks_varying_axes(a))
     return lax.pmax(found.astype(jnp.int32), mesh_axes) > 0 if mesh_axes else found
 
 
@@ -86,8 +141,9 @@ def largest(a: PyTree) -> jax.Array:
     def leaf_largest(leaf: jax.Array) -> jax.Array:
         return jnp.abs(leaf).astype(dtype).max(tuple(range(1, leaf.ndim)), initial=0)
 
-    leaves = [leaf_largest(leaf) for leaf in jax.tree.leaves(a)]
-    return jnp.stack(leaves).max(0)
+    found = jnp.stack([leaf_largest(leaf) for leaf in jax.tree.leaves(a)]).max(0)
+    axes = _split_axes.get()
+    return vary_over(lax.pmax(found, axes), frozenset(axes)) if axes else found
 
 
 def add(a: PyTree, b: PyTree) -> PyTree:
@@ -132,11 +188,19 @@ def take(a: PyTree, index: jax.Array) -> PyTree:
 def unknowns(a: PyTree) -> int:
     """How many real numbers a sample is made of."""
     leaves = jax.tree.leaves(a)
-    return sum(math.prod(leaf.shape[1:]) * (1 + jnp.iscomplexobj(leaf)) for leaf in leaves)
+    here = sum(math.prod(leaf.shape[1:]) * (1 + jnp.iscomplexobj(leaf)) for leaf in leaves)
+    axes = _split_axes.get()
+    return here * lax.axis_size(axes) if axes else here
 
 
 def flatten_samples(a: PyTree) -> PyTree:
-    """Each leaf `[B, ...]` as `[B, D]`."""
+    """Each leaf `[B, ...]` as `[B, D]`, which is faster on a CPU.
+
+    Under a mesh the leaves stay as they are: a reshape would gather what is sharded behind the
+    batch.
+    """
+    if _compat.shards_states():
+        return a
     return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1), a)
 
 
@@ -144,9 +208,12 @@ def pack(a: PyTree) -> jax.Array:
     """Each sample as one vector, `[B, D]`: all leaves behind one another, at least float32.
 
     Solvers that work on it take the same steps, to the last bit, for an array and for the same
-    array split into leaves. The batch axis, and a sharding of it, survive.
+    array split into leaves. The batch axis, and a sharding of it, survive. Under a mesh a state of
+    one leaf keeps its axes, `[B, ...]`, and so all of its sharding.
     """
-    leaves = jax.tree.leaves(flatten_samples(a))
+    leaves = jax.tree.leaves(a)
+    if len(leaves) > 1 or not _compat.shards_states():
+        leaves = [leaf.reshape(leaf.shape[0], -1) for leaf in leaves]
     dtype = tree_accumulation_dtype(a)
     if any(jnp.iscomplexobj(leaf) for leaf in leaves):
         dtype = jnp.dtype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
@@ -158,7 +225,7 @@ def unpack(packed: jax.Array, like: PyTree) -> PyTree:
     """The inverse of `pack`, in the shapes and dtypes of `like`."""
     leaves, structure = jax.tree.flatten(like)
     sizes = [math.prod(leaf.shape[1:]) for leaf in leaves]
-    parts = lax.split(packed, sizes, axis=1)
+    parts = lax.split(packed, sizes, axis=1) if len(leaves) > 1 else [packed]
 
     def restore(part: jax.Array, leaf: jax.Array) -> jax.Array:
         if jnp.iscomplexobj(part) and not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
@@ -177,10 +244,11 @@ def zeros_per_sample(a: PyTree) -> jax.Array:
     dtype = tree_accumulation_dtype(a)
 
     def empty_sum(leaf: jax.Array) -> jax.Array:
+        leaf = leaf[:, None] if leaf.ndim == 1 else leaf
         empty = lax.slice_in_dim(leaf, 0, 0, axis=1)
-        return jnp.sum(jnp.real(empty), axis=1).astype(dtype)
+        return jnp.sum(jnp.real(empty), axis=tuple(range(1, leaf.ndim))).astype(dtype)
 
-    return functools.reduce(jnp.add, map(empty_sum, jax.tree.leaves(flatten_samples(a))))
+    return functools.reduce(jnp.add, map(empty_sum, jax.tree.leaves(a)))
 
 
 def varying_axes(a: PyTree) -> frozenset[str]:

@@ -300,9 +300,10 @@ def test_f_that_communicates():
 
 def test_leaves_of_any_kind():
     params, x, _ = inputs()
+    sizes = set()
 
     def f(params, z, x):
-        assert x["index"].shape == x["key"].shape == x["x"].shape[:1] == z.shape[:1] == (2,)
+        sizes.add((*x["index"].shape, *x["key"].shape, len(x["x"]), len(z)))
         noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(x["key"])
         own = jax.random.normal(jax.random.fold_in(params["key"], params["count"]), (3,))
         return cell(params, z, x["x"]) + 0.1 * (noise + own + x["index"][:, None].astype(float) / 8)
@@ -313,54 +314,101 @@ def test_leaves_of_any_kind():
     with jax.set_mesh(mesh()):
         z = solve_fixed_point(f, params, x, z0, solver=PICARD, execution=SHARDED).value
     noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(x["key"])
-    own = np.repeat(
-        [
-            jax.random.normal(jax.random.fold_in(jax.random.fold_in(params["key"], shard), 2), (3,))
-            for shard in range(4)
-        ],
-        2,
-        axis=0,
-    )
+    own = jax.random.normal(jax.random.fold_in(params["key"], 2), (3,))
     added = 0.1 * (noise + own + x["index"][:, None].astype(float) / 8)
     assert relative_error(cell(params, z, x["x"]) + added, z) < 1e-12
+    # Seen on a shard, and once with as many samples as there are, to see what it draws for each.
+    assert sizes == {(2, 2, 2, 2), (8, 8, 8, 8)}
 
 
-def test_each_shard_drops_out_others():
-    """With one key for all shards each would drop the same entries of its samples."""
+def test_random_numbers_are_those_of_one_device():
+    """Masks for each sample, one mask for all, keys for each sample; from `params` or a closure."""
     params, x, cotangent = inputs()
     key = jax.random.key(3)
 
+    raw = jax.random.key_data(key)
+
     def f(params, z, x):
         weights, key = params
-        mask = dropout_mask(key, 0.5, z.shape, dtype=z.dtype)
-        return cell(weights, z * mask, x)
+        own, same, split = jax.random.split(key, 3)
+        mask = dropout_mask(own, 0.5, z.shape, dtype=z.dtype)
+        mask *= 1 + jax.random.uniform(same, (3,), z.dtype)
+        keys = jax.random.split(split, len(z))
+        mask *= 1 + jax.vmap(lambda key: jax.random.normal(key, (3,), z.dtype))(keys) / 9
+        mask *= 1 + jax.random.gamma(jax.random.wrap_key_data(raw), 2.0, z.shape, z.dtype) / 9
+        return cell(weights, z * mask / 4, x)
+
+    def gradient(execution):
+        return jax.jit(jax.grad(lambda params: loss((params, key), x, cotangent, execution, f=f)))
+
+    expected = gradient(Execution())(params)
+    with jax.set_mesh(mesh()):
+        assert relative_error(gradient(SHARDED)(params), expected) < 1e-12
+    with jax.set_mesh(grid()):
+        both = Execution(shard_axis=("data", "model"))
+        assert relative_error(gradient(both)(params), expected) < 1e-12
+
+
+def test_random_numbers_that_a_shard_cannot_draw():
+    params, x, cotangent = inputs()
+    key = jax.random.key(3)
+
+    def in_a_loop(params, z, x):
+        z, _ = lax.scan(lambda z, k: (z * jax.random.uniform(k, z.shape), None), z, key[None])
+        return cell(params, z, x)
+
+    def for_each(params, z, x):
+        noise = [jax.random.normal(jax.random.fold_in(key, i), 3) for i in range(len(z))]
+        return cell(params, z, x + jnp.stack(noise))
 
     with jax.set_mesh(mesh()):
-        got = jax.jit(jax.grad(lambda params: loss((params, key), x, cotangent, f=f)))(params)
-    masks = [
-        dropout_mask(jax.random.fold_in(key, shard), 0.5, (2, 3), dtype=x.dtype)
-        for shard in range(4)
-    ]
-    assert len({mask.tobytes() for mask in map(np.asarray, masks)}) > 1
-    masked = lambda params, z: cell(params, z * jnp.concatenate(masks), x)  # noqa: E731
-    z = newton_equilibrium(lambda z: masked(params, z), jnp.zeros_like(x))
-    assert relative_error(got, implicit_gradient(masked, params, z, cotangent)) < 1e-9
+        with pytest.raises(ValueError, match="numbers for each sample inside of a scan"):
+            loss(params, x, cotangent, f=in_a_loop)
+        with pytest.raises(ValueError, match=r"for a shard and .* for the whole batch"):
+            loss(params, x, cotangent, f=for_each)
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_an_nnx_layer_drops_out_others_in_each_shard():
-    """All samples are alike, so that without masks of their own all shards would agree."""
-    cell = ResNetCell(4, 4, groups=2, kernel_std=0.1, dropout=0.5, rngs=nnx.Rngs(0, dropout=1))
-    layer = deq_jax.nnx.DEQ(cell, solver=Picard(max_iter=40), execution=SHARDED)
-    layer.train()
-    images = jnp.broadcast_to(jnp.float32(normal(1, 4, 4, 4)), (8, 4, 4, 4))
+def test_layers_drop_out_the_entries_that_they_do_on_one_device():
+    images = jnp.float32(normal(8, 4, 4, 4))
+
+    def build(execution):
+        cell = ResNetCell(4, 4, groups=2, kernel_std=0.1, dropout=0.5, rngs=nnx.Rngs(0, dropout=1))
+        layer = deq_jax.nnx.DEQ(cell, solver=Picard(tol=1e-6), execution=execution)
+        layer.train()
+        return layer
+
     with jax.set_mesh(mesh()):
-        shards = np.asarray(layer(images)).reshape(4, -1)
-    assert len({shard.tobytes() for shard in shards}) == 4
-    layer.eval()
-    with jax.set_mesh(mesh()):
-        shards = np.asarray(layer(images)).reshape(4, -1)
-    np.testing.assert_allclose(shards, shards[[0] * 4], rtol=1e-5)
+        got = build(SHARDED)(images)
+    assert relative_error(got, build(Execution())(images)) < 1e-5
+
+
+def test_batch_over_two_axes():
+    params, x, cotangent = inputs()
+    expected = dense(params, x, cotangent)[1]
+    execution = Execution(shard_axis=("data", "model"))
+    devices = grid()
+    over_both = NamedSharding(devices, P(("data", "model")))
+    gradient = jax.jit(jax.grad(functools.partial(loss, execution=execution), (0, 1)))
+    arguments = params, *jax.device_put((x, cotangent), over_both)
+    with jax.set_mesh(devices):
+        assert relative_error(gradient(*arguments), expected) < 1e-10
+        assert collectives_in_loops(gradient.lower(*arguments).compile()) == []
+        solve = jax.jit(lambda params, x: solve_fixed_point(cell, params, x, execution=execution))
+        solution = solve(*arguments[:2])
+        assert solution.value.sharding.is_equivalent_to(over_both, 2)
+        # One axis is named, but both shard the batch.
+        with pytest.warns(UserWarning, match=r"Write shard_axis=\('data', 'model'\)"):
+            loss(*arguments, execution=SHARDED)
+
+
+def test_samples_leave_on_a_mesh_with_another_axis():
+    params, x, cotangent = inputs()
+    execution = Execution(shard_axis="data", shrink_to=1)
+    with jax.set_mesh(grid()):
+        gradient = jax.jit(jax.grad(functools.partial(loss, execution=execution), (0, 1)))
+        got = gradient(params, x, cotangent)
+    assert relative_error(got, dense(params, x, cotangent)[1]) < 1e-10
 
 
 def test_gradients_of_weights_are_summed_in_their_own_dtype():
@@ -444,6 +492,6 @@ def test_errors():
     ):
         loss(params, x, cotangent)
     with pytest.raises(
-        TypeError, match=r"Execution\.shard_axis must be the name of a mesh axis, got 0"
+        TypeError, match=r"Execution\.shard_axis must be the name of a mesh axis or .*, got 0"
     ):
         Execution(shard_axis=0)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deq_jax.partitioning import logical_axes
+
 
 class FeedForwardCell(nnx.Module):
     """`f(z, x) = tanh(W z + U x + b)`, z `[B, ..., features]`, x `[B, ..., in_features]`.
@@ -34,15 +36,16 @@ class FeedForwardCell(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        options["kernel_metadata"] = logical_axes("embed", "mlp")
         self.recurrent = nnx.Linear(
             features,
             features,
             use_bias=False,
             kernel_init=nnx.initializers.variance_scaling(scale**2, "fan_in", "normal"),
-            param_dtype=param_dtype,
-            rngs=rngs,
+            **options,
         )
-        self.input = nnx.Linear(in_features, features, param_dtype=param_dtype, rngs=rngs)
+        self.input = nnx.Linear(in_features, features, **options)
 
     def inject(self, x: jax.Array) -> jax.Array:
         """`U x + b`, `[B, ..., features]`."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deq_jax.partitioning import logical_axes
 from deq_jax.stability.dropout import broadcast_axes
 
 
@@ -53,13 +54,14 @@ class ResNetCell(nnx.Module):
             if width % groups:
                 raise ValueError(f"{name}={width} must be a multiple of groups={groups}")
 
-        def convolution(into: int, out: int) -> nnx.Conv:
+        def convolution(into: int, out: int, *names: str) -> nnx.Conv:
             return nnx.Conv(
                 into,
                 out,
                 (kernel_size, kernel_size),
                 use_bias=False,
                 kernel_init=nnx.initializers.normal(kernel_std),
+                kernel_metadata=logical_axes(None, None, *names),
                 param_dtype=param_dtype,
                 rngs=rngs,
             )
@@ -67,8 +69,8 @@ class ResNetCell(nnx.Module):
         def norm(width: int) -> nnx.GroupNorm:
             return nnx.GroupNorm(width, groups, epsilon=1e-5, param_dtype=param_dtype, rngs=rngs)
 
-        self.conv1 = convolution(channels, inner_channels)
-        self.conv2 = convolution(inner_channels, channels)
+        self.conv1 = convolution(channels, inner_channels, "channels", "inner_channels")
+        self.conv2 = convolution(inner_channels, channels, "inner_channels", "channels")
         self.norm1 = norm(inner_channels)
         self.norm2 = norm(channels)
         self.norm3 = norm(channels)

@@ -26,6 +26,7 @@ from deq_jax.cells.attention import (
     sinusoids,
 )
 from deq_jax.checks import check_positive_integer
+from deq_jax.partitioning import logical_axes
 from deq_jax.stability.dropout import broadcast_axes
 
 Positions = Literal["relative", "rotary", "none"]
@@ -162,19 +163,37 @@ class TransformerCell(nnx.Module):
         def normal(inputs: int, scale: float = 0.3, std: float | None = kernel_std) -> Any:
             return nnx.initializers.normal(scale / math.sqrt(inputs) if std is None else std)
 
-        def linear(into: int, out: int, init: Any, use_bias: bool = True) -> nnx.Linear:
-            options = {"kernel_init": init, "param_dtype": param_dtype, "rngs": rngs}
-            return nnx.Linear(into, out, use_bias=use_bias, **options)
+        def linear(
+            into: dict[str | None, int],
+            out: dict[str | None, int],
+            init: Any,
+            use_bias: bool = True,
+        ) -> nnx.LinearGeneral:
+            """From axes to axes, given by their names and lengths."""
+            return nnx.LinearGeneral(
+                tuple(into.values()),
+                tuple(out.values()),
+                axis=tuple(range(-len(into), 0)),
+                use_bias=use_bias,
+                kernel_init=init,
+                kernel_metadata=logical_axes(*into, *out),
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
 
         gated, small = feed_forward == "swiglu", normal(features)
-        expanded = (2 if gated else 1) * hidden_features
-        self.injection = linear(features, 3 * features, normal(features, 2, injection_std))
-        self.qkv = linear(features, 3 * features, small, use_bias=False)
-        self.output = linear(features, features, normal(features, 1))
-        self.expand = linear(features, expanded, small, not gated)
-        self.contract = linear(hidden_features, features, normal(hidden_features), not gated)
+        embed: dict[str | None, int] = {"embed": features}
+        each: dict[str | None, int] = {"heads": heads, "kv": width}
+        mlp: dict[str | None, int] = {"mlp": hidden_features}
+        # Heads have an axis of their own, and so have queries, keys and values: shards of a joint
+        # axis would not be shards of the heads, and would be gathered in each trip of a solve.
+        self.injection = linear(embed, {None: 3, **each}, normal(features, 2, injection_std))
+        self.qkv = linear(embed, {None: 3, **each}, small, use_bias=False)
+        self.output = linear(each, embed, normal(features, 1))
+        self.expand = linear(embed, {None: 2, **mlp} if gated else mlp, small, not gated)
+        self.contract = linear(mlp, embed, normal(hidden_features), not gated)
         if positions == "relative":
-            self.position = linear(features, features, small, use_bias=False)
+            self.position = linear(embed, each, small, use_bias=False)
             self.content_bias = nnx.Param(small(rngs.params(), (heads, width), param_dtype))
             self.position_bias = nnx.Param(small(rngs.params(), (heads, width), param_dtype))
         scales = jnp.full((2,), residual_scale, param_dtype)
@@ -222,7 +241,7 @@ class TransformerCell(nnx.Module):
         table = None
         if self.positions == "relative":
             distances = dropped(self.position_dropout, sinusoids(keys, self.features, dtype))
-            table = repeated(self._heads(self.position(distances)[None], 1)[:, :, 0])
+            table = repeated(self.position(distances)[None])
         elif self.positions == "rotary":
             tables = rotary_tables(keys, width, dtype)[None]
             table = repeated(tables[:, before:])
@@ -230,7 +249,7 @@ class TransformerCell(nnx.Module):
                 memory = memory._replace(key=rotate(memory.key, tables[:, :before]))
         there = None if memory is None else memory.length
         return TransformerInjection(
-            projected=self._heads(self.injection(x.embedding), 3),
+            projected=self.injection(x.embedding),
             memory=None if memory is None else (memory.key, memory.value),
             positions=table,
             mask=repeated(attention_mask(length, keys, self.window, there)),
@@ -246,7 +265,7 @@ class TransformerCell(nnx.Module):
         length = memory.state.shape[1]
         check_sequence("memory.embedding", memory.embedding, self.features, length)
         state = memory.state if self.norm_order == "post" else normalise(memory.state, self.norm)
-        projected = self._heads(self.qkv(state) + self.injection(memory.embedding), 3)
+        projected = self.qkv(state) + self.injection(memory.embedding)
         return KeyValues(projected[:, :, 1], projected[:, :, 2], memory.length)
 
     def __call__(self, z: jax.Array, injection: TransformerInjection) -> jax.Array:
@@ -266,7 +285,7 @@ class TransformerCell(nnx.Module):
         return normalise(y, self.norm) if post else y
 
     def _attention(self, z: jax.Array, injection: TransformerInjection) -> jax.Array:
-        projected = self._heads(self.qkv(z), 3) + injection.projected
+        projected = self.qkv(z) + injection.projected
         query, key, value = (projected[:, :, i] for i in range(3))
         table, scores = injection.positions, None
         if table is not None and self.positions == "rotary":
@@ -278,20 +297,15 @@ class TransformerCell(nnx.Module):
             key = jnp.concatenate([injection.memory[0], key], 1)
             value = jnp.concatenate([injection.memory[1], value], 1)
         attended = attend(query, key, value, injection.mask, scores, self.attention_dropout)
-        return dropped(self.output_dropout, self.output(attended.reshape(z.shape)))
+        return dropped(self.output_dropout, self.output(attended))
 
     def _feed_forward(self, y: jax.Array) -> jax.Array:
         hidden = self.expand(y)
         if self.feed_forward == "swiglu":
-            gate, hidden = jnp.split(hidden, 2, -1)
-            hidden = jax.nn.silu(gate) * hidden
+            hidden = jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
         elif self.feed_forward == "gelu":
             hidden = jax.nn.gelu(hidden, approximate=False)
         else:
             hidden = jax.nn.relu(hidden)
         hidden = dropped(self.expand_dropout, hidden)
         return dropped(self.contract_dropout, self.contract(hidden))
-
-    def _heads(self, y: jax.Array, parts: int) -> jax.Array:
-        """`[B, L, parts D]` as `[B, L, parts, heads, D / heads]`."""
-        return y.reshape(*y.shape[:2], parts, self.heads, -1)

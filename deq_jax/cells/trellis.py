@@ -8,6 +8,7 @@ from flax import nnx
 
 from deq_jax.cells.attention import check_range, check_sequence, dropped
 from deq_jax.checks import check_positive_integer
+from deq_jax.partitioning import logical_axes
 from deq_jax.stability.dropout import broadcast_axes
 
 
@@ -139,6 +140,7 @@ class TrellisCell(nnx.Module):
                 kernel_dilation=dilation,
                 use_bias=use_bias,
                 kernel_init=nnx.initializers.normal(kernel_std),
+                kernel_metadata=logical_axes(None, "embed", "gates"),
                 param_dtype=param_dtype,
                 rngs=rngs,
             )

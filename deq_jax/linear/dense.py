@@ -80,6 +80,7 @@ class Dense(LinearMethod):
         precondition: Product | None = None,
     ) -> Cycle:
         """The solution; no products where no sample is above its target."""
+        tree.check_whole_samples("Dense")
         size = tree.norm(r)
         active = size > target
         wanted = any_of(active)
@@ -168,7 +169,8 @@ class Auto(LinearMethod):
 
     def choice(self, like: PyTree) -> LinearMethod:
         """The method for states like this one, leaves `[B, ...]`."""
-        return Dense(self.tol) if tree.unknowns(like) <= DENSE_UP_TO else self._krylov()
+        fits = tree.unknowns(like) <= DENSE_UP_TO and tree.are_whole()
+        return Dense(self.tol) if fits else self._krylov()
 
     def _krylov(self) -> LinearMethod:
         options: Any = {"tol": self.tol, "max_iter": self.max_iter}
@@ -251,12 +253,13 @@ def _eliminate(columns: jax.Array, b: jax.Array) -> list[jax.Array]:
 
 def _to_real(v: jax.Array) -> jax.Array:
     """`[B, D]`, complex as `[B, 2 D]` of real and imaginary parts."""
+    v = v.reshape(v.shape[0], -1)
     return jnp.concatenate([v.real, v.imag], axis=1) if jnp.iscomplexobj(v) else v
 
 
 def _from_real(v: jax.Array, like: jax.Array) -> jax.Array:
     """The inverse of `_to_real`."""
-    if not jnp.iscomplexobj(like):
-        return v
-    half = v.shape[1] // 2
-    return lax.complex(v[:, :half], v[:, half:])
+    if jnp.iscomplexobj(like):
+        half = v.shape[1] // 2
+        v = lax.complex(v[:, :half], v[:, half:])
+    return v.reshape(like.shape)

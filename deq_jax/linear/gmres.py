@@ -129,7 +129,7 @@ class GMRES(Restarted):
         correction = columns.combine(coefficients, end.basis[:, :steps])
         # ‖β e₁ - H c‖, which the null vector does not know where the space is invariant.
         left = -jnp.einsum("bij,bj->bi", end.hessenberg, coefficients, precision="highest")
-        residual = tree.norm(left.at[:, 0].add(size))
+        residual = jnp.sqrt((left.at[:, 0].add(size) ** 2).sum(1))
         return Cycle(corrected(precondition, correction), end.step, end.used, residual)
 
 

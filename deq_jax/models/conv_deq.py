@@ -22,6 +22,7 @@ from deq_jax.execution import Execution
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
 from deq_jax.nnx import DEQ
+from deq_jax.partitioning import logical_axes
 from deq_jax.solve import Solver
 from deq_jax.solvers.anderson import Anderson
 from deq_jax.stability.normalization import Normalization
@@ -70,12 +71,14 @@ class _ImageClassifier(nnx.Module):
         self.image_shape = image_shape
         self.channels, self.inner_channels, self.groups = channels, inner_channels, groups
         self.pool, self.kernel_std, self.dropout = pool, kernel_std, dropout
-        self.stem = nnx.Conv(colours, channels, (3, 3), rngs=rngs)
+        names = logical_axes(None, None, None, "channels")
+        self.stem = nnx.Conv(colours, channels, (3, 3), kernel_metadata=names, rngs=rngs)
         # PyTorch's 0.1 is the weight of the new batch, Flax's 0.9 that of the old statistics.
         self.norm_in = nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, rngs=rngs)
         self.norm_out = nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, rngs=rngs)
         features = (height // pool) * (width // pool) * channels
-        self.head = nnx.Linear(features, num_classes, rngs=rngs)
+        names = logical_axes("embed", "classes")
+        self.head = nnx.Linear(features, num_classes, kernel_metadata=names, rngs=rngs)
 
     def _cell(self, rngs: nnx.Rngs) -> ResNetCell:
         return ResNetCell(
@@ -200,7 +203,14 @@ class _Initializer(nnx.Module):
     """`norm(relu(W * x))`, of the same make as the end of the cell."""
 
     def __init__(self, channels: int, groups: int, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(channels, channels, (3, 3), use_bias=False, rngs=rngs)
+        self.conv = nnx.Conv(
+            channels,
+            channels,
+            (3, 3),
+            use_bias=False,
+            kernel_metadata=logical_axes(None, None, None, "channels"),
+            rngs=rngs,
+        )
         self.norm = nnx.GroupNorm(channels, groups, epsilon=1e-5, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from flax import nnx
 
 from deq_jax.cells.attention import check_choice, check_range
 from deq_jax.checks import check_positive_integer
+from deq_jax.partitioning import logical_axes
 
 Kind = Literal["lstm", "gru"]
 
@@ -54,9 +55,13 @@ class RecurrentNet(nnx.Module):
             raise ValueError(
                 f"a tied head needs hidden_features={hidden_features} to be features={features}"
             )
-        options = {"param_dtype": param_dtype, "rngs": rngs}
-        self.embedding = nnx.Embed(vocabulary_size, features, **options)
-        self.layer = nnx.RNN(_CELLS[kind](features, hidden_features, **options))
+        options: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        names = logical_axes("vocab", "embed")
+        self.embedding = nnx.Embed(vocabulary_size, features, embedding_metadata=names, **options)
+        names = logical_axes("embed", "gates")
+        names = {"kernel_metadata": names, "recurrent_kernel_metadata": names}
+        self.layer = nnx.RNN(_CELLS[kind](features, hidden_features, **names, **options))
+        options["kernel_metadata"] = logical_axes("embed", "vocab")
         self.head = None if tied else nnx.Linear(hidden_features, vocabulary_size, **options)
         self.bias = nnx.Param(jnp.zeros((vocabulary_size,), param_dtype)) if tied else None
 

@@ -21,6 +21,7 @@ from deq_jax.checks import check_positive_integer
 from deq_jax.models.applications import SequenceCell, apply_in_turn
 from deq_jax.models.segments import Reading, Segment, as_segment
 from deq_jax.nnx import DEQ
+from deq_jax.partitioning import logical_axes
 from deq_jax.stability.dropout import broadcast_axes
 from deq_jax.stats import BackwardProbe
 
@@ -75,10 +76,11 @@ class SequenceModel(nnx.Module):
         self.memory_size = memory_size
         normal = nnx.initializers.normal(1 / math.sqrt(features))
         shape = (vocabulary_size, features)
-        self.embedding = nnx.Param(normal(rngs.params(), shape, param_dtype))
+        names = logical_axes("vocab", "embed")
+        self.embedding = nnx.Param(normal(rngs.params(), shape, param_dtype), **names)
         self.bias = nnx.Param(jnp.zeros((vocabulary_size,), param_dtype))
         shape = (vocabulary_size, output_features)
-        self.head = None if tied else nnx.Param(normal(rngs.params(), shape, param_dtype))
+        self.head = None if tied else nnx.Param(normal(rngs.params(), shape, param_dtype), **names)
         axes = broadcast_axes("channel", 3)
 
         # Without dropout there is no random stream, and no state besides the parameters.

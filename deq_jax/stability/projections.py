@@ -42,13 +42,22 @@ def named(*names: str) -> Predicate:
 
 
 def flax_output_axes(path: Path, leaf: Any) -> tuple[int, ...]:
-    """Axes of the output channels in Flax's kernels.
+    """Axes of the output channels in Flax's kernels and in those of `cells.TransformerCell`.
 
     The last axis, of dense and convolution kernels and of attention's `out`, `[heads, head_dim,
-    out]`; the last two of its `query`, `key` and `value`, `[in, heads, head_dim]`.
+    out]`; the last two of its `query`, `key` and `value`, `[in, heads, head_dim]`. In the
+    Transformer cell all but the first of `qkv` and `injection`, `[in, 3, heads, head_dim]`, of
+    `position`, `[in, heads, head_dim]`, and of `expand` with SwiGLU, `[in, 2, hidden]`.
     """
-    is_projection = not {"query", "key", "value"}.isdisjoint(path[-2:]) and leaf.ndim == 3
-    return (1, 2) if is_projection else (-1,)
+    names, shape = set(path[-2:]), leaf.shape
+    if names & {"query", "key", "value"} and leaf.ndim == 3:
+        return (1, 2)
+    # The lengths tell them from convolutions that have these names.
+    to_heads = leaf.ndim in (3, 4) and shape[0] == shape[-2] * shape[-1]
+    gated = leaf.ndim == 3 and shape[1] == 2
+    if (names & {"qkv", "injection", "position"} and to_heads) or ("expand" in names and gated):
+        return tuple(range(1, leaf.ndim))
+    return (-1,)
 
 
 def select_kernels(

@@ -165,7 +165,7 @@ def _krylov(
     if jnp.iscomplexobj(like):
         raise TypeError("spectra of complex states are not supported: z has complex leaves")
     start = tree.vary_over(jax.random.normal(key, like.shape, like.dtype), tree.varying_axes(like))
-    return packed(pushforward, point), start, min(steps, like.shape[1])
+    return packed(pushforward, point), start, min(steps, tree.unknowns(like))
 
 
 class _Space(NamedTuple):

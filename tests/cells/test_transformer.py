@@ -86,7 +86,9 @@ def formula(
         state = xp.concatenate([x.memory.state, state], 1)
         embedding = xp.concatenate([x.memory.embedding, embedding], 1)
     inner = normalised(state) if norm_order == "pre" else state
-    bias = weights["injection"]["bias"]
+    # The parameters as the matrices that the formula has.
+    bias, shape = weights["injection"]["bias"].reshape(3 * D), {"contract": (F, D)}
+    kernel = {name: value.reshape(*shape.get(name, (D, -1))) for name, value in kernel.items()}
     qkv = inner @ kernel["qkv"] + embedding @ kernel["injection"] + bias
 
     attended = []
@@ -354,7 +356,8 @@ def test_weight_norm(x64):
         name = path.split("/")[0]
         g.set_value(g.get_value() * (1 + 0.15 * jnp.tanh(normal(*g.shape, seed=len(path)))))
         v = weights[name]["kernel"]
-        weights[name]["kernel"] = v * g.get_value() / jnp.linalg.norm(v, axis=0)
+        inputs = (0, 1) if name == "output" else 0
+        weights[name]["kernel"] = v * g.get_value() / jnp.sqrt((v**2).sum(inputs))
     z, _ = solve(layer, x)
     assert residual(cell, z, x, {}, weights) < 1e-10
     assert residual(cell, z, x, {}) > 1e-2
