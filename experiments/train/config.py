@@ -383,9 +383,10 @@ class TrainingConfig(Settings):
 
     def layer(self) -> dict[str, Any]:
         """The arguments of the equilibrium layer."""
+        axes = None if self.data_shards == 1 else "data" if self.fsdp == 1 else ("data", "fsdp")
         execution = Execution(
             shrink_to=self.shrink_to,
-            shard_axis=None if self.devices == 1 else "data",
+            shard_axis=axes,
             cell_dtype=None if self.precision == "float32" else jnp.bfloat16,
             state_dtype=jnp.bfloat16 if self.precision == "bfloat16" else None,
         )

@@ -3,7 +3,8 @@
 For another loss, change `metrics.cross_entropy` and what is built on it here.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from deq_jax import BackwardProbe
 from deq_jax.models.sequence import Segment
+from deq_jax.partitioning import RULES, partition_specs
 from experiments.data import Batch
 from experiments.train import metrics, stability
 from experiments.train.config import TrainingConfig
@@ -88,10 +90,11 @@ def make_train_step(
     """
     definition = definition_of(model, phase, training=True)
     counted = config.is_deq and not (phase and phase.pretraining)
+    gather = functools.partial(_gather, model=model, mesh=mesh)
 
     def loss_of(params, probe, rest, memory, batch, step, limits):
         # A copy: otherwise the call would write tracers into the outer model.
-        model = nnx.merge(definition, params, rest, copy=True)
+        model = nnx.merge(definition, gather(params), rest, copy=True)
         inputs = network_inputs(batch, memory, white)
         if phase is None:
             outcome = forward(config, model, inputs, batch.targets, probe)
@@ -184,10 +187,11 @@ def make_evaluate_batch(
     """
     definition = definition_of(model, phase, training=False)
     counted = config.is_deq and not (phase and phase.pretraining)
+    gather = functools.partial(_gather, model=model, mesh=mesh)
 
     def evaluate_batch(carry, params, rest, batch):
         totals, memory = carry
-        model = nnx.merge(definition, params, rest, copy=True)
+        model = nnx.merge(definition, gather(params), rest, copy=True)
         inputs = network_inputs(batch, memory, white)
         _, _, logits, stats, memory = forward(config, model, inputs, batch.targets)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
@@ -250,19 +254,37 @@ def state_shardings(
 ) -> TrainState:
     """Where the state of a training is held: a sharding for each part of it, or each array.
 
-    The optimiser's moments are where their parameters are, and a memory is split like the batch.
+    Parameters are split over the axes `fsdp` and `tensor` as `deq_jax.partitioning.RULES` say. The
+    optimiser's moments are where their parameters are, and a memory is split like the batch.
     """
     whole = NamedSharding(mesh, P())
-    _, params, _ = split_model(model)
-    split = jax.tree.map(lambda leaf: whole, params)
-    held = optax.tree.map_params(
+    params = _param_shardings(model, mesh, ("fsdp", "tensor"))
+    optimizer_state = optax.tree.map_params(
         optimizer,
-        lambda leaf, sharding: sharding,
-        jax.eval_shape(optimizer.init, params),
-        split,
-        transform_non_params=lambda leaf: whole,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, split_model(model)[1]),
+        params,
+        transform_non_params=lambda _: whole,
     )
     memory = NamedSharding(mesh, BATCH)
-    return TrainState(
-        params=split, rest=whole, optimizer_state=held, step=whole, totals=whole, memory=memory
-    )
+    return TrainState(params, whole, optimizer_state, whole, whole, memory)
+
+
+def _param_shardings(model: nnx.Module, mesh: Mesh, axes: Sequence[str]) -> PyTree:
+    """A sharding for each parameter, which splits it over these axes at most."""
+    rules = {}
+    for axis in axes:
+        rules |= RULES[axis] if mesh.shape[axis] > 1 else {}
+    specs = nnx.as_pure(partition_specs(nnx.state(model, nnx.Param), mesh, rules))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def _gather(params: PyTree, model: nnx.Module, mesh: Mesh | None) -> PyTree:
+    """The parameters whole along `fsdp`: gathered once a step, and their gradient added up once.
+
+    Left to itself, XLA may split activations by features instead, and gather these.
+    """
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return params
+    shardings = _param_shardings(model, mesh, ("tensor",))
+    return jax.lax.with_sharding_constraint(params, shardings)

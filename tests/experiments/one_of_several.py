@@ -16,10 +16,11 @@ from experiments.train import loop
 
 
 def main() -> int:
-    place_batch, stopped, pause = loop.place_batch, loop.Stopped, 0.0
+    place_batch, stopped = loop.place_batch, loop.Stopped
+    pause = {}
 
     def place_slowly(*arguments):
-        time.sleep(pause)
+        time.sleep(pause["seconds"])
         return place_batch(*arguments)
 
     def stopped_aloud(message, code):
@@ -29,7 +30,7 @@ def main() -> int:
     loop.draw = lambda *arguments: None
     loop.place_batch, loop.Stopped = place_slowly, stopped_aloud
     code = 0
-    for script, flags, pause in json.loads(sys.argv[1]):
+    for script, flags, pause["seconds"] in json.loads(sys.argv[1]):
         code = importlib.import_module(f"experiments.{script}").main(flags)
         print(f"{script} returned {code}", file=sys.stderr, flush=True)
         if code:
