@@ -71,12 +71,16 @@ def start(config: TrainingConfig) -> None:
         b"the run has ended, or cannot be reached. Start all of them again: they go on from the "
         b"newest checkpoint\n"
     )
+    address = None if found == "auto" else found
+    told = None not in (address, options.count, options.index)
     try:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
-            coordinator_address=None if found == "auto" else found,
-            num_processes=options.count,
-            process_id=options.index,
+            address,
+            options.count,
+            options.index,
+            # Under SLURM and Open MPI, JAX would leave this process one GPU of several.
+            cluster_detection_method="deactivate" if told else None,
             heartbeat_timeout_seconds=options.lost_after,
         )
     except (ValueError, TypeError, RuntimeError) as error:
