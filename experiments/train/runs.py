@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -252,8 +252,17 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options)
+        folder = pathlib.Path(directory).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, cleanup_tmp_directories=True, create=False
+        )
+        if processes.several():
+            # Named, the processes wait for each other with a timeout, and not by a collective.
+            options.multiprocessing_options.active_processes = set(range(jax.process_count()))
+        self._silence = contextlib.ExitStack()
+        self._fails = self._silence.enter_context(_orbax_silent())
+        self._manager = ocp.CheckpointManager(folder, options=options)
         newest = self._manager.latest_step()
         self._next = 0 if newest is None else newest + 1
 
@@ -291,9 +300,9 @@ class Checkpoints:
     @contextlib.contextmanager
     def _errors_in_words(self) -> Iterator[None]:
         try:
-            with _orbax_silent():
-                yield
+            yield
         except (OSError, ValueError) as error:  # tensorstore raises ValueError for a full disk
+            self._fails()
             if lost := processes.lost_process(error):
                 raise lost from error
             raise CheckpointError(
@@ -318,10 +327,10 @@ class Checkpoints:
         for number in sorted(self._manager.all_steps(), reverse=True):
             restored = None
             try:
-                with _orbax_silent():
-                    restored = self._restore(number, template)
+                restored = self._restore(number, template)
             # Orbax and tensorstore raise errors of many classes for damaged files.
             except Exception as error:
+                self._fails()
                 if lost := processes.lost_process(error):
                     raise lost from error
                 failures.append((number, error))
@@ -355,8 +364,13 @@ class Checkpoints:
         return restored.state, restored.progress
 
     def close(self) -> None:
-        """Releases what Orbax holds."""
-        self._manager.close()
+        """Waits for what is being written, and releases what Orbax holds.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        with self._silence, self._errors_in_words():
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -368,27 +382,29 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _orbax_silent() -> Iterator[None]:
+def _orbax_silent() -> Iterator[Callable[[], None]]:
     """Keeps Orbax and tensorstore from printing a traceback in each thread that meets an error.
 
-    The error is raised as well, and turned into one message.
+    The error is raised as well, at the latest by the next save, and turned into one message. Yields
+    a function to call then: what complains later of the same error is kept silent too.
     """
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    logger.addFilter(_refuse)
+    failed = []
 
     def without_aftermath(unraisable: Any) -> None:
         if not any(words in str(unraisable.exc_value) for words in _AFTERMATH):
             hook(unraisable)
 
+    logger.addFilter(_refuse)
     sys.unraisablehook = without_aftermath
     try:
-        yield
-        sys.unraisablehook = hook  # after an error the other one stays
-    except Exception:
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        raise
+        yield lambda: failed.append(True)
     finally:
         logger.removeFilter(_refuse)
+        if failed:
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        else:
+            sys.unraisablehook = hook
 
 
 def _refuse(record: logging.LogRecord) -> bool:

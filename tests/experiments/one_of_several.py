@@ -7,6 +7,7 @@ sleep of so many seconds, so that a test can send a signal in the middle. Figure
 exit code of each command is written to stderr, and where it stopped.
 """
 
+import faulthandler
 import importlib
 import json
 import sys
@@ -14,8 +15,12 @@ import time
 
 from experiments.train import loop
 
+_HANGS_SECONDS = 200
+"""After so long a process says in which lines it hangs, and ends."""
+
 
 def main() -> int:
+    faulthandler.dump_traceback_later(_HANGS_SECONDS, exit=True)
     place_batch, stopped = loop.place_batch, loop.Stopped
     pause = {}
 

@@ -424,7 +424,7 @@ def test_a_checkpoint_that_cannot_be_written(unfinished, ends_as, monkeypatch):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-        ended = run(script, *TINY, f"--run.dir={unfinished}")
+        ended = run(script, *TINY, "--run.save-every=7", f"--run.dir={unfinished}")
         gc.collect()  # what Orbax leaves behind complains in this test, not in a later one
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
