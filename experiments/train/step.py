@@ -267,7 +267,8 @@ def state_shardings(
         transform_non_params=lambda _: whole,
     )
     memory = NamedSharding(mesh, BATCH)
-    return TrainState(params, whole, optimizer_state, whole, whole, memory)
+    shardings: Any = (params, whole, optimizer_state, whole, whole, memory)
+    return TrainState(*shardings)
 
 
 def _param_shardings(model: nnx.Module, mesh: Mesh, axes: Sequence[str]) -> PyTree:
