@@ -65,9 +65,11 @@ def alone(text, tmp_path_factory):
             commands = [
                 (name, [*flags_of(name, text, devices), f"--run.dir={found[devices] / name}"], 0)
                 for name in SCRIPTS
+                if devices == 4 or name == "language_model"
             ]
             with Processes(commands, count=1) as process:
-                assert [code for code, _, _ in process.ends()] == [0]
+                ends = process.ends()
+            assert ends[0][0] == 0, ends
         return records(found[devices] / script)
 
     return records_of
@@ -188,7 +190,7 @@ def test_stopped_and_killed_processes_go_on(tmp_path, text, alone):
                 assert got == pytest.approx(expected, rel=1e-6)
         commands = commands[1:]
 
-    # Another number of processes needs leave, and rounds otherwise.
+    # Another number of processes needs leave, and rounds otherwise; as do four devices.
     ended = run(image_classification, *image)
     assert ended.code == 2
     assert "number of processes was 2, is now 1; --run.elastic goes on" in ended.complaint
@@ -197,7 +199,7 @@ def test_stopped_and_killed_processes_go_on(tmp_path, text, alone):
         ended = run(image_classification, *image, "--run.elastic")
     assert ended.code == 0, ended.errors
     assert "note: number of processes was 2, is now 1" in ended.output
-    expected = alone("image_classification", 2)
+    expected = alone("image_classification", 4)
     for got, one in zip(records(images), expected, strict=True):
         assert got == pytest.approx(one, rel=1e-3)
 
