@@ -236,6 +236,13 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
     }
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """No: `processes.Stop` asks JAX, which takes each question for the step of this process."""
+        del step
+        return False
+
+
 class Checkpoints:
     """The newest checkpoints of one run.
 
@@ -262,7 +269,7 @@ class Checkpoints:
             options.multiprocessing_options.active_processes = set(range(jax.process_count()))
         self._silence = contextlib.ExitStack()
         self._fails = self._silence.enter_context(_orbax_silent())
-        self._manager = ocp.CheckpointManager(folder, options=options)
+        self._manager = _Manager(folder, options=options)
         newest = self._manager.latest_step()
         self._next = 0 if newest is None else newest + 1
 

@@ -164,8 +164,8 @@ def test_stopped_and_killed_processes_go_on(tmp_path, text, alone):
     language = [*flags_of("language_model", text, 2), f"--run.dir={words}"]
     image = [*flags_of("image_classification", text, 2), f"--run.dir={images}"]
 
-    with Processes([("language_model", language, 0.3)]) as pair:
-        pair.wait_for_checkpoint(words, 0)
+    with Processes([("language_model", language, 0.5)]) as pair:
+        pair.wait_for_checkpoint(words, 1)
         pair.processes[1].send_signal(signal.SIGTERM)
         ends = pair.ends()
     assert [code for code, _, _ in ends] == [143, 143], ends
@@ -201,7 +201,7 @@ def test_stopped_and_killed_processes_go_on(tmp_path, text, alone):
     assert "note: number of processes was 2, is now 1" in ended.output
     expected = alone("image_classification", 4)
     for got, one in zip(records(images), expected, strict=True):
-        assert got == pytest.approx(one, rel=1e-3)
+        assert got == pytest.approx(one, rel=1e-2)
 
 
 # ------------------------------------------------------------------ checkpoints on fewer devices
