@@ -28,6 +28,7 @@ from deq_jax.linear.minres import MINRES as MINRES
 from deq_jax.multi_start import MultiStart as MultiStart
 from deq_jax.multi_start import multi_start as multi_start
 from deq_jax.root import deq_root as deq_root
+from deq_jax.sharding import gather_params as gather_params
 from deq_jax.solve import Solver as Solver
 from deq_jax.solvers.anderson import Anderson as Anderson
 from deq_jax.solvers.broyden import Broyden as Broyden
@@ -87,6 +88,7 @@ __all__ = [
     "deq_fixed_point",
     "deq_root",
     "diagnose",
+    "gather_params",
     "implicit",
     "multi_start",
     "solve_adjoint",

@@ -30,24 +30,17 @@ class Execution:
         shard_axis: name of the mesh axis over which the batch is sharded, or a tuple of names if it
             is sharded over several. The solve runs in `jax.shard_map` over them: each shard is
             solved on its own device and stops by itself, and no trip of a loop waits for another
-            device, forwards or backwards (`Unrolled` alone does wait). `params` that are sharded
-            over these axes are gathered once, before the loops. The mesh is that of `jax.set_mesh`,
-            or that of the sharding of a leaf of x or z0; its other axes stay automatic. Every leaf
-            of x and z is split on axis 0, `params` and closures are the same on all shards and
-            their gradients summed over them. Counts of evaluations and products, in `stats` and
+            device, forwards or backwards (`Unrolled` alone does wait). The mesh is that of
+            `jax.set_mesh`, or that of the sharding of a leaf of x or z0; its other axes stay
+            automatic. Every leaf of x and z is split on axis 0. `params` and closures are the same
+            on all shards: what is sharded over these axes is gathered once, before the loops, and
+            gradients are summed over the shards. Counts of evaluations and products, in `stats` and
             probe, are those of the shard with the most. An f that mixes samples mixes those of a
             shard, unless it uses collectives over the axes. Random numbers that f draws are those
             that it draws on one device: each shard takes its rows of a draw for the whole batch.
-            A warning says if the batch is sharded over an axis that is not named.
-            Reverse mode only. Inside a `shard_map` over an axis, naming it changes
-            nothing. With None there is one loop for the whole batch, whose devices agree in each
-            trip whether to go on.
-        gather_axis: name of a mesh axis, or a tuple of names, over which `params` are sharded to
-            save memory while the batch is sharded over it too (FSDP, ZeRO-3). Their leaves are
-            gathered over it once, before the loops, instead of in each trip; the gradient comes
-            back sharded as they are. `shard_axis` does the same for its axes. A sharding of params
-            over other axes stays, as tensor parallelism needs it. It costs the memory of the whole
-            cell on each device during the layer.
+            A warning says if the batch is sharded over an axis that is not named. Reverse mode
+            only. Inside a `shard_map` over an axis, naming it changes nothing. With None there is
+            one loop for the whole batch, whose devices agree in each trip whether to go on.
         state_axis: name of a mesh axis, or a tuple of names, of your own `shard_map` around the
             solve, along which devices hold parts of the same samples: blocks of features, or of a
             sequence, which f exchanges by collectives. Norms, inner products, histories and stops
@@ -84,7 +77,6 @@ class Execution:
 
     shrink_to: int | None = None
     shard_axis: str | tuple[str, ...] | None = None
-    gather_axis: str | tuple[str, ...] | None = None
     state_axis: str | tuple[str, ...] | None = None
     cell_dtype: Any = None
     state_dtype: Any = None
@@ -94,7 +86,7 @@ class Execution:
     def __post_init__(self) -> None:
         if self.shrink_to is not None:
             checks.check_count(self, "shrink_to")
-        for name in ("shard_axis", "gather_axis", "state_axis"):
+        for name in ("shard_axis", "state_axis"):
             sharding.check_axes(self, name)
         checks.check_count(self, "check_every")
         if not isinstance(self.progress, bool):

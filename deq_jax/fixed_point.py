@@ -351,7 +351,6 @@ def _run(
     setup = task.setup
     z0 = checked_start(x, z0, setup)
     _check_probe(probe, z0, setup.batched)
-    params = sharding.gathered(params, sharding.as_axes(setup.execution.gather_axis), (x, z0))
     held = Held((task.solver, task.policies, task.control))
     arguments = (Held(f), Held(params), Held(x), z0, held, probe)
     named = sharding.as_axes(setup.execution.shard_axis)

@@ -4,8 +4,9 @@ A parameter of a cell says what its axes are, in names that T5X and MaxText use 
 over which axes of a mesh they are sharded, for each kind of parallelism; `partition_specs` puts
 the two together. A layout is a choice of the program and not of the model:
 
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     rules = RULES["fsdp"] | RULES["tensor"]
-    with jax.set_mesh(jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))):
+    with jax.set_mesh(mesh):
         state = jax.device_put(state, partition_specs(state, mesh, rules))
 
 | name | axis of a parameter |
@@ -42,8 +43,8 @@ ANY = "*"
 
 _BATCH = ("data", "fsdp")
 
-_NAMES = ("batch", "length", "embed", "heads", "kv", "mlp", "vocab", "classes", "channels")
-_NAMES += ("inner_channels", "gates")
+_USUAL = ("batch", "length", "embed", "heads", "kv", "mlp", "vocab")
+_NAMES = (*_USUAL, "classes", "channels", "inner_channels", "gates")
 
 RULES: dict[str, dict[str, MeshAxes | None]] = {
     "replicated": dict.fromkeys(_NAMES),

@@ -106,7 +106,7 @@ def find_mesh(
     name = f"Execution.shard_axis={_shown(axes)}"
     if not batched:
         raise ValueError(f"{name} splits a batch; it does not go with batched=False")
-    mesh = _mesh_with(axes, (x, z0), "shard_axis")
+    mesh = _mesh_with(axes, (x, z0), name)
     explicit = [other for other in _explicit_axes(mesh) if other not in axes]
     if explicit:
         raise ValueError(
@@ -166,22 +166,39 @@ def check_batch(why: str, x: PyTree, batch: int) -> None:
             )
 
 
-def gathered(params: PyTree, axes: tuple[str, ...], x: PyTree) -> PyTree:
-    """The leaves of `params`, whole along these mesh axes, as a value of its own.
+def gather_params(params: PyTree, axis: str | tuple[str, ...]) -> PyTree:
+    """The parameters, whole along a mesh axis over which they are sharded to save memory (FSDP).
 
-    Without it XLA gathers weights that are split over the axis of the batch in each trip of a loop,
-    where they are used. A sharding over other axes stays.
+    Where batch and parameters are sharded over the same axis, XLA gathers the parameters at each
+    use: in each trip of a solve. Gathered before, they are sent once a step. The cotangents of what
+    is returned come back sharded as `params` are. A sharding over other axes stays, as tensor
+    parallelism needs it. It costs the memory of the whole parameters between the forward and the
+    backward pass, which the layer needs anyway for those of its cell.
+
+    Args:
+        params: a pytree; what is no array stays as it is.
+        axis: the name of the mesh axis, or a tuple of names.
+
+    Returns:
+        The same values, replicated over the axis.
 
     Raises:
-        ValueError: no mesh with these axes is known here.
+        ValueError: no mesh with this axis is known here: call under `jax.set_mesh(mesh)`.
+
+    Example: the loss of a training step whose state is sharded over `fsdp`.
+
+        def loss(params, batch):
+            params = gather_params(params, "fsdp")
+            return jnp.mean((deq_fixed_point(f, params, batch.x) - batch.y) ** 2)
+
+    Source: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter
+    models", 2020.
     """
+    axes = as_axes(axis)
     context = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in axes if axis not in context.manual_axes)
-    if not axes:
-        return params
     leaves, structure = jax.tree.flatten(params)
     arrays = [leaf for leaf in leaves if checks.is_array(leaf)]
-    mesh = _mesh_with(axes, (arrays, x), "gather_axis")
+    mesh = _mesh_with(axes, arrays, f"gather_params(..., {_shown(axes)})")
     if set(axes).intersection(_explicit_axes(mesh)):
         whole = [_reshard_without(leaf, axes) for leaf in arrays]
     else:
@@ -199,22 +216,21 @@ def gathered(params: PyTree, axes: tuple[str, ...], x: PyTree) -> PyTree:
 
 def _reshard_without(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """An array that is whole along these explicit axes and sharded as before along all others."""
-    kept = (
-        tuple(a for a in as_axes(part) if a not in axes) for part in jax.typeof(leaf).sharding.spec
-    )
+    spec = jax.typeof(leaf).sharding.spec
+    kept = (tuple(axis for axis in as_axes(part) if axis not in axes) for part in spec)
     return jax.sharding.reshard(leaf, P(*(part or None for part in kept)))
 
 
-def _mesh_with(axes: tuple[str, ...], arrays: PyTree, field: str) -> AbstractMesh:
+def _mesh_with(axes: tuple[str, ...], arrays: PyTree, name: str) -> AbstractMesh:
     """The mesh of the context, or that of the sharding of an array, that has these axes."""
     context = jax.sharding.get_abstract_mesh()
     meshes = [context, *(jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arrays))]
     mesh = next((mesh for mesh in meshes if set(axes) <= set(mesh.axis_names)), None)
     if mesh is None:
         raise ValueError(
-            f"Execution.{field}={_shown(axes)} is no axis of a mesh that is known here: the mesh "
-            f"of the context has the axes {context.axis_names}, and no argument is sharded over "
-            "it; call under jax.set_mesh(mesh)"
+            f"{name} is no axis of a mesh that is known here: the mesh of the context has the axes "
+            f"{context.axis_names}, and no argument is sharded over it; call under "
+            "jax.set_mesh(mesh)"
         )
     return mesh
 

@@ -128,8 +128,7 @@ def _start(closed: Closure, watch: Watch, held: Held, z0: PyTree, setup: Setup) 
     z0 = lax.stop_gradient(tree.vary_over(z0, closed.state_axes))
     empty: Any = None
     state = SolveState(closed, watch, held, empty, setup)
-    with tree.samples_split_over(setup.split_axes()):
-        return dataclasses.replace(state, carry=state._loop().begin(z0, None))
+    return dataclasses.replace(state, carry=state._loop().begin(z0, None))
 
 
 def advance(state: SolveState, evaluations: int = 1) -> SolveState:
@@ -154,8 +153,7 @@ def _advance(state: SolveState, evaluations: Any) -> Carry:
     def proceed(carry: Carry) -> jax.Array:
         return loop.proceed(carry) & (carry.evaluations < end)
 
-    with tree.samples_split_over(state.setup.split_axes()):
-        return lax.while_loop(proceed, functools.partial(loop.body, loop.f, None), state.carry)
+    return lax.while_loop(proceed, functools.partial(loop.body, loop.f, None), state.carry)
 
 
 def finish(state: SolveState) -> Solution:

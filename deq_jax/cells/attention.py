@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from deq_jax.checks import check_positive_integer
 from deq_jax.tree import accumulation_dtype
@@ -177,21 +178,77 @@ def relative_shift(scores: jax.Array) -> jax.Array:
     rows cut anew from the same numbers, each of them one entry later.
     """
     *batch, queries, keys = scores.shape
+    # On a mesh with explicit axes JAX does not guess what a reshape does to the other axes.
+    sharding = jax.typeof(scores).sharding
+    sharding = sharding if any(sharding.spec) else None
     padded = jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(1, 0)])
-    padded = padded.reshape(*batch, keys + 1, queries)[..., 1:, :]
-    return padded.reshape(*batch, queries, keys)
+    padded = jnp.reshape(padded, (*batch, keys + 1, queries), out_sharding=sharding)[..., 1:, :]
+    return jnp.reshape(padded, (*batch, queries, keys), out_sharding=sharding)
+
+
+def sequence_blocks(length: int) -> int:
+    """Blocks that the queries of a segment are taken in: one for each of its shards.
+
+    These are as many as the mesh in context has devices along its axis `sequence`; 1 without a
+    mesh, without that axis, inside a `shard_map` over it, or where it does not divide the length.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = "sequence" in mesh.manual_axes
+    count = 1 if manual else mesh.shape.get("sequence", 1)
+    return 1 if length % count else count
+
+
+def whole_sequence(keys: jax.Array) -> jax.Array:
+    """Keys or values `[B, L, ...]`, gathered where XLA shards their positions.
+
+    Each query sees all of them. Left to itself XLA would gather them again in each trip of a
+    backward solve, where they do not change, and would put memory and segment together in shards,
+    which sends both around, before it gathers both.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if sequence_blocks(keys.shape[1]) == 1 or "sequence" not in mesh.auto_axes:
+        return keys
+    any_other = [PartitionSpec.UNCONSTRAINED] * (keys.ndim - 2)
+    spec = PartitionSpec(PartitionSpec.UNCONSTRAINED, None, *any_other)
+    return jax.lax.with_sharding_constraint(keys, spec)
+
+
+def block_positions(positions: jax.Array, queries: int, blocks: int) -> jax.Array:
+    """Of each block of queries, r of the distances that it may have to the keys.
+
+    The last query of block n, of L / N queries, has the distance `M + (n + 1) L / N - 1` to the
+    first key: row n is r from there on, and zero behind the distance 0.
+
+    Args:
+        positions: r, `[K, ...]`, of the distances `K - 1, ..., 0`.
+        queries: L.
+        blocks: N, a divisor of L.
+
+    Returns:
+        `[N, K, ...]`.
+    """
+    keys, size = len(positions), queries // blocks
+    padded = jnp.pad(positions, [(0, queries - size)] + [(0, 0)] * (positions.ndim - 1))
+    starts = range(queries - size, -1, -size)
+    return jnp.stack([padded[start : start + keys] for start in starts])
 
 
 def relative_scores(query: jax.Array, positions: jax.Array) -> jax.Array:
     """`q_i·r_{i-j}`, `[B, heads, L, K]`, in float32 or wider.
 
+    Queries are taken in blocks, so that `relative_shift` cuts rows anew within a block alone: over
+    a sharded axis of queries it would gather all scores.
+
     Args:
         query: `[B, L, heads, d]`.
-        positions: r, `[B, K, heads, d]`, of the distances `K - 1, ..., 0`.
+        positions: r of N blocks, `[B, N, K, heads, d]`, from `block_positions`.
     """
     wide = accumulation_dtype(query.dtype)
-    scores = jnp.einsum("blhd,bkhd->bhlk", query, positions, preferred_element_type=wide)
-    return relative_shift(scores)
+    batch, length, *channels = query.shape
+    blocks, keys = positions.shape[1:3]
+    query = query.reshape(batch, blocks, length // blocks, *channels)
+    scores = jnp.einsum("bnlhd,bnkhd->bhnlk", query, positions, preferred_element_type=wide)
+    return relative_shift(scores).reshape(batch, channels[0], length, keys)
 
 
 def rotary_tables(length: int, features: int, dtype: Any) -> jax.Array:

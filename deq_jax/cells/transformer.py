@@ -15,6 +15,7 @@ from deq_jax.cells.attention import (
     as_sequence,
     attend,
     attention_mask,
+    block_positions,
     check_choice,
     check_range,
     check_sequence,
@@ -23,7 +24,9 @@ from deq_jax.cells.attention import (
     relative_scores,
     rotary_tables,
     rotate,
+    sequence_blocks,
     sinusoids,
+    whole_sequence,
 )
 from deq_jax.checks import check_positive_integer
 from deq_jax.partitioning import logical_axes
@@ -40,8 +43,9 @@ class TransformerInjection(NamedTuple):
     Attributes:
         projected: what is added to queries, keys and values, `[B, L, 3, heads, D / heads]`.
         memory: finished positions, their keys rotated where positions are rotary; or None.
-        positions: relative: `W_r P`, `[B, K, heads, D / heads]`, the largest distance first;
-            rotary: `[B, L, 2, D / heads / 2]`; else None.
+        positions: relative: `W_r P`, the largest distance first, of N blocks of queries (see
+            `block_positions`), `[B, N, K, heads, D / heads]`; rotary: `[B, L, 2, D / heads / 2]`;
+            else None.
         mask: boolean `[B, L, K]`.
     """
 
@@ -241,7 +245,8 @@ class TransformerCell(nnx.Module):
         table = None
         if self.positions == "relative":
             distances = dropped(self.position_dropout, sinusoids(keys, self.features, dtype))
-            table = repeated(self.position(distances)[None])
+            blocks = sequence_blocks(length)
+            table = repeated(block_positions(self.position(distances), length, blocks)[None])
         elif self.positions == "rotary":
             tables = rotary_tables(keys, width, dtype)[None]
             table = repeated(tables[:, before:])
@@ -250,7 +255,9 @@ class TransformerCell(nnx.Module):
         there = None if memory is None else memory.length
         return TransformerInjection(
             projected=self.injection(x.embedding),
-            memory=None if memory is None else (memory.key, memory.value),
+            memory=None
+            if memory is None
+            else (whole_sequence(memory.key), whole_sequence(memory.value)),
             positions=table,
             mask=repeated(attention_mask(length, keys, self.window, there)),
         )
@@ -293,6 +300,7 @@ class TransformerCell(nnx.Module):
         elif table is not None:
             scores = relative_scores(query + self.position_bias[...], table)
             query = query + self.content_bias[...]
+        key, value = whole_sequence(key), whole_sequence(value)
         if injection.memory is not None:
             key = jnp.concatenate([injection.memory[0], key], 1)
             value = jnp.concatenate([injection.memory[1], value], 1)

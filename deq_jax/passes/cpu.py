@@ -173,12 +173,23 @@ class Winograd(ChannelsLast):
         # Patches and products take four times the memory of input and output; beyond the cache
         # they take twice the time.
         sample = 4 * math.prod(sides) * (channels + ready[0].shape[1]) * image.dtype.itemsize
+        # Each block has as many samples of each shard of the batch: a loop over blocks of samples
+        # that follow one another would gather the batch. On one device there is one shard.
+        shards = math.gcd(batch, jax.device_count())
         together = max(
-            n for n in range(1, batch + 1) if n == 1 or (batch % n == 0 and n * sample <= _CACHE)
+            n
+            for n in range(shards, batch + 1, shards)
+            if batch % n == 0 and (n == shards or n * sample <= _CACHE)
         )
-        parts = image.reshape(batch // together, together, *image.shape[1:])
+        blocks = batch // together
+
+        def regrouped(a: jax.Array, *axes: int) -> jax.Array:
+            # With an axis of one this is a reshape, which costs nothing; XLA copies what it swaps.
+            return a if shards == 1 else a.reshape(*axes, -1, *a.shape[-3:]).swapaxes(0, 1)
+
+        parts = regrouped(image, shards, blocks).reshape(blocks, together, *image.shape[1:])
         out = lax.map(lambda part: self._convolve(part, ready), parts)
-        return out.reshape(batch, *out.shape[2:])
+        return regrouped(out, blocks, shards).reshape(batch, *out.shape[2:])
 
     def _convolve(self, image: jax.Array, ready: list[jax.Array]) -> jax.Array:
         batch, *sides, _ = image.shape

@@ -12,21 +12,24 @@ DEQ-Transformer of 15.8M parameters for 64 devices. Nothing of it is run.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deq_jax import Anderson, Broyden, Execution, NewtonKrylov, deq_fixed_point
-from deq_jax.cells.attention import Norm
-from experiments.studies.collectives import Collective, Loop, program
+from deq_jax import Anderson, Broyden, Execution, NewtonKrylov, deq_fixed_point, gather_params
+from deq_jax.models.deq_transformer import DEQTransformer
+from deq_jax.partitioning import RULES, partition_spec, partition_specs
+from experiments.studies.collectives import Loop, program
 from experiments.studies.tables import Command, Document, Part, Study, markdown_table, origin
 
 PyTree = Any
@@ -176,13 +179,11 @@ def loss_of(layout: Layout, mode: str, solver: Any) -> Callable[..., jax.Array]:
     f = layout.cell(ops_for(layout, mode))
     if mode == "shard_map":
         return _by_hand(layout, f, solver)
-    execution = Execution()
-    if mode == "shard_axis":
-        execution = Execution(shard_axis=layout.batch)
-    elif mode != "one device":
-        execution = Execution(gather_axis=layout.gathers or None)
+    execution = Execution(shard_axis=layout.batch if mode == "shard_axis" else None)
+    gathers = layout.gathers if mode in ("auto", "explicit") else ()
 
     def loss(params: Any, x: jax.Array, cotangent: jax.Array) -> jax.Array:
+        params = gather_params(params, gathers) if gathers else params
         z = deq_fixed_point(f, params, x, solver=solver, execution=execution)
         return jnp.sum(cotangent * z)
 
@@ -209,7 +210,9 @@ def mesh_of(layout: Layout, mode: str) -> Mesh:
     """The mesh of a layout."""
     kind = AxisType.Explicit if mode == "explicit" else AxisType.Auto
     sizes = tuple(layout.axes.values())
-    return jax.make_mesh(sizes, tuple(layout.axes), axis_types=(kind,) * len(sizes))
+    devices = jax.devices()[: math.prod(sizes)]
+    kinds = (kind,) * len(sizes)
+    return jax.make_mesh(sizes, tuple(layout.axes), axis_types=kinds, devices=devices)
 
 
 def measure_layout(layout: Layout, mode: str, solver: Any) -> dict[str, Any]:
@@ -283,3 +286,208 @@ def _sizes(loop: Loop) -> dict[str, Any]:
 def _total(loop: Loop, *, deep: bool = True) -> tuple[int, int]:
     found = list(loop.everywhere() if deep else loop.collectives)
     return len(found), sum(collective.size for collective in found)
+
+
+# ------------------------------------------------------------------------------------------ scale
+
+DEVICES = 64
+"""Virtual devices for which `scale` compiles: eight hosts with eight each."""
+
+WIDTH, LENGTH_OF_TEXT, SEQUENCES, TRIPS = 1024, 256, 512, 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A way to train the transformer on `DEVICES` devices.
+
+    Attributes:
+        axes: the axes of the mesh and their lengths.
+        rules: names of the entries of `RULES` that lay parameters and data out.
+        shard_axis: of the layer's `Execution`.
+        gathers: the axes for `gather_params`.
+    """
+
+    axes: dict[str, int]
+    rules: tuple[str, ...]
+    shard_axis: tuple[str, ...] | None = None
+    gathers: tuple[str, ...] = ()
+
+
+_ALL = {"data": DEVICES}
+_FSDP = {"fsdp": DEVICES}
+SCALES = {
+    "data": Scale(_ALL, ("data",)),
+    "data, `shard_axis`": Scale(_ALL, ("data",), ("data",)),
+    "FSDP": Scale(_FSDP, ("fsdp",)),
+    "FSDP, `gather_params`": Scale(_FSDP, ("fsdp",), None, ("fsdp",)),
+    "FSDP, `gather_params`, `shard_axis`": Scale(_FSDP, ("fsdp",), ("fsdp",), ("fsdp",)),
+    "data 8 x tensor 8, `shard_axis`": Scale(
+        {"data": 8, "tensor": 8}, ("data", "tensor"), ("data",)
+    ),
+    "data 8 x sequence 8, `shard_axis`": Scale(
+        {"data": 8, "sequence": 8}, ("data", "sequence"), ("data",)
+    ),
+    "data 2 x FSDP 4 x tensor 8, `gather_params`, `shard_axis`": Scale(
+        {"data": 2, "fsdp": 4, "tensor": 8}, ("fsdp", "tensor"), ("data", "fsdp"), ("fsdp",)
+    ),
+}
+
+
+def measure_scale(scale: Scale) -> dict[str, Any]:
+    """What a gradient of the transformer sends, in a trip of each loop and outside of them."""
+    rules: dict[str, Any] = functools.reduce(lambda a, b: a | b, (RULES[r] for r in scale.rules))
+    sizes = tuple(scale.axes.values())
+    mesh = jax.make_mesh(sizes, tuple(scale.axes), axis_types=(AxisType.Auto,) * len(sizes))
+
+    def build() -> DEQTransformer:
+        solver = Anderson(tol=1e-3, max_iter=TRIPS)
+        execution = Execution(shard_axis=scale.shard_axis)
+        options: Any = {"solver": solver, "execution": execution, "positions": "rotary"}
+        size = {"heads": 16, "hidden_features": 4 * WIDTH}
+        return DEQTransformer(256, WIDTH, **size, **options, rngs=nnx.Rngs(0))
+
+    # Shapes and shardings; no array is made.
+    definition, abstract = nnx.split(nnx.eval_shape(build))
+    specs = nnx.as_pure(partition_specs(abstract, mesh, rules))
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, P)
+    )
+    state = jax.tree.map(_with_sharding, nnx.as_pure(abstract), shardings)
+    tokens = _with_sharding(
+        jax.ShapeDtypeStruct((SEQUENCES, LENGTH_OF_TEXT), jnp.int32),
+        NamedSharding(mesh, partition_spec(("batch", "length"), mesh, rules)),
+    )
+
+    def loss(state: Any, tokens: jax.Array) -> jax.Array:
+        state = gather_params(state, scale.gathers) if scale.gathers else state
+        logits = nnx.merge(definition, state, copy=True)(tokens)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()
+
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
+        compiled = gradient.lower(state, tokens).compile()
+    found = program(compiled.as_text())
+    loops = [_total(loop)[1] for loop in found.inner]
+    gathered = [c for loop in found.inner for c in loop.everywhere() if c.kind == "all-gather"]
+    return {
+        "forward": loops[0],
+        "backward": loops[-1],
+        "outside": _total(found, deep=False)[1],
+        "gathers in loops": sorted({shape for c in gathered for shape in c.shapes}),
+        "memory": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def _with_sharding(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Command):
+    """What to compile.
+
+    Attributes:
+        layouts: measure only these layouts; the rows of the others are dropped.
+    """
+
+    layouts: tuple[str, ...] = tuple(LAYOUTS)
+
+
+def layouts(config: Config) -> Part:
+    """All layouts, modes and solvers."""
+    rows = []
+    with jax.enable_x64(True):
+        for name in config.layouts:
+            for mode in LAYOUTS[name].modes():
+                for solver in SOLVERS:
+                    measured = measure_layout(LAYOUTS[name], mode, SOLVERS[solver])
+                    rows.append({"layout": name, "mode": mode, "solver": solver, **measured})
+                    print(name, mode, solver, measured, flush=True)
+    return {"rows": rows}
+
+
+def scales(config: Config) -> Part:
+    """All ways to train the transformer."""
+    del config
+    rows = {}
+    for name, scale in SCALES.items():
+        rows[name] = measure_scale(scale)
+        print(name, rows[name], flush=True)
+    return {"rows": rows}
+
+
+def render(document: Document) -> dict[str, str]:
+    """The Markdown of each part."""
+    tables = {"layouts": _layouts_table, "scale": _scale_table}
+    return {part: tables[part](measured) for part, measured in document.items()}
+
+
+def _layouts_table(part: Part) -> str:
+    by_place: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in part["rows"]:
+        by_place.setdefault((row["layout"], row["mode"]), {})[row["solver"]] = row
+    table = []
+    for (layout, mode), rows in by_place.items():
+        error = max(row["error"] for row in rows.values())
+        needless = sum(len(row["needless gathers"]) for row in rows.values())
+        trips = [_trip_cell(rows[solver]) for solver in SOLVERS]
+        table.append([layout, MODES[mode], *trips, str(needless), f"{error:.0e}"])
+    columns = ["layout", "mode", *SOLVERS, "needless gathers", "largest error"]
+    words = (
+        "Collectives in a trip and, in brackets, the bytes that they return on a device: forwards "
+        "/ backwards. For NewtonKrylov they are those of a trip of the outer loop + of the loop "
+        "in it. A gather is needless if f and its derivatives by themselves do not make it."
+    )
+    return f"{markdown_table(columns, table)}\n\n{words} {origin(part['context'])}"
+
+
+def _trip_cell(row: dict[str, Any]) -> str:
+    words = []
+    for trip in (row["forward"], row["backward"]):
+        word = f"{trip['collectives']} ({trip['bytes']:,})"
+        if trip["inner"] is not None:
+            word += f" + {trip['inner'][0]} ({trip['inner'][1]:,})"
+        words.append(word)
+    return " / ".join(words)
+
+
+def _scale_table(part: Part) -> str:
+    table = []
+    for name, row in part["rows"].items():
+        trips = f"{_size(row['forward'])} / {_size(row['backward'])}"
+        step = row["outside"] + TRIPS * (row["forward"] + row["backward"])
+        gathers = ", ".join(row["gathers in loops"]) or "none"
+        memory = f"{row['memory'] / 2**20:,.0f} MiB"
+        table.append([name, trips, _size(row["outside"]), _size(step), gathers, memory])
+    columns = ["layout", "in a trip, forwards / backwards", "outside of the loops"]
+    columns += [f"in a step of {TRIPS} + {TRIPS} trips", "gathered in a trip", "temporaries"]
+    words = (
+        f"Bytes that the collectives of a gradient return on each of {DEVICES} devices; a ring "
+        f"moves about twice as much for an all-reduce. A DEQ-Transformer {WIDTH} wide with "
+        f"{SEQUENCES} sequences of {LENGTH_OF_TEXT} tokens in float32, Anderson's method."
+    )
+    return f"{markdown_table(columns, table)}\n\n{words} {origin(part['context'])}"
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+STUDY = Study("traffic", render)
+
+
+def main() -> None:
+    """Compiles and prints the tables, see `Command`."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    STUDY.run(tyro.cli(Config, description=__doc__), {"layouts": layouts, "scale": scales})
+
+
+if __name__ == "__main__":
+    main()

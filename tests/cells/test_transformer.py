@@ -346,10 +346,12 @@ def test_dropout_has_one_mask_a_solve(options, x64):
     assert residual(cell, solve(layer, x)[0], x, options) < 1e-10
 
 
-def test_weight_norm(x64):
-    cell, x = make(), sequence(memory=2)
+@pytest.mark.parametrize("options", [{}, MODERN])
+def test_weight_norm(options, x64):
+    cell, x = make(**options), sequence(memory=2)
     layer = DEQ(cell, solver=Anderson(tol=1e-12, max_iter=200), normalization=WeightNorm())
-    names = {"injection", "qkv", "position", "output", "expand", "contract"}
+    names = {"injection", "qkv", "output", "expand", "contract"}
+    names |= set() if options else {"position"}
     assert set(layer.scale) == {f"{name}/kernel" for name in names}
     weights = weights_of(cell)
     for path, g in layer.scale.items():
@@ -359,8 +361,8 @@ def test_weight_norm(x64):
         inputs = (0, 1) if name == "output" else 0
         weights[name]["kernel"] = v * g.get_value() / jnp.sqrt((v**2).sum(inputs))
     z, _ = solve(layer, x)
-    assert residual(cell, z, x, {}, weights) < 1e-10
-    assert residual(cell, z, x, {}) > 1e-2
+    assert residual(cell, z, x, options, weights) < 1e-10
+    assert residual(cell, z, x, options) > 1e-2
 
 
 @pytest.mark.parametrize("options", [{}, MODERN])

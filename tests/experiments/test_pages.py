@@ -13,10 +13,11 @@ from experiments.studies import (
     memory,
     regularization,
     reversible,
+    traffic,
 )
 from experiments.studies.tables import DOCS, ROOT, Study, as_json
 
-_MODULES = (accuracy, controls, convergence, memory, regularization, reversible, benchmark)
+_MODULES = (accuracy, controls, convergence, memory, regularization, reversible, traffic, benchmark)
 STUDIES = {module.STUDY.name: module.STUDY for module in _MODULES}
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 

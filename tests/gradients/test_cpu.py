@@ -5,11 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from deq_jax import Picard, deq_fixed_point
 from deq_jax.closure import Closure
-from deq_jax.passes import ready_for_loop
+from deq_jax.passes import cpu, ready_for_loop
 from tests.gradients.test_prepared import check_forward_and_transposed, conv, normal, primitives
 from tests.reference import relative_error
+from tests.xla import collectives
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -168,3 +172,31 @@ def test_other_platforms_run_what_was_written(monkeypatch):
     assert "conv_general_dilated" not in primitives(jax.make_jaxpr(ready_for_loop(closure))(z))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert ready_for_loop(closure) is closure
+
+
+@pytest.mark.parametrize(("batch", "axes"), [(8, (4,)), (6, (2, 2))])
+@pytest.mark.slow
+def test_blocks_of_samples_keep_a_sharded_batch(batch, axes, monkeypatch):
+    """Each trip asks all devices whether to go on, and sends nothing else."""
+    monkeypatch.setattr(cpu, "_CACHE", 2**20)  # blocks of four samples, and of two
+    mesh = jax.make_mesh(
+        axes, ("data", "other")[: len(axes)], axis_types=(AxisType.Auto,) * len(axes)
+    )
+    kernel, x = 0.01 * normal(3, 3, 32, 32, seed=1), normal(batch, 16, 16, 32)
+
+    def loss(kernel, x):
+        def f(kernel, z, x):
+            return jnp.tanh(conv(z, kernel) + x)
+
+        z = deq_fixed_point(f, kernel, x, solver=Picard(tol=1e-13))
+        return (z * x).sum(), z
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (_, z), gradient = step(kernel, x)
+    sharded = jax.device_put(x, NamedSharding(mesh, P("data")))
+    program = step.lower(kernel, sharded).compile()
+    (_, got), got_gradient = program(kernel, sharded)
+    assert relative_error(got, z) < 1e-12
+    assert relative_error(got_gradient, gradient) < 1e-12
+    text = program.as_text()
+    assert {c.shapes for c in collectives(text) if c.in_loop} == {("pred[]",)}
