@@ -3,8 +3,7 @@
 For another loss, change `metrics.cross_entropy` and what is built on it here.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deq_jax import BackwardProbe
+from deq_jax import BackwardProbe, gather_params
 from deq_jax.models.sequence import Segment
 from deq_jax.partitioning import RULES, partition_specs
 from experiments.data import Batch
@@ -90,11 +89,10 @@ def make_train_step(
     """
     definition = definition_of(model, phase, training=True)
     counted = config.is_deq and not (phase and phase.pretraining)
-    gather = functools.partial(_gather, model=model, mesh=mesh)
 
     def loss_of(params, probe, rest, memory, batch, step, limits):
         # A copy: otherwise the call would write tracers into the outer model.
-        model = nnx.merge(definition, gather(params), rest, copy=True)
+        model = nnx.merge(definition, _whole(params, mesh), rest, copy=True)
         inputs = network_inputs(batch, memory, white)
         if phase is None:
             outcome = forward(config, model, inputs, batch.targets, probe)
@@ -187,11 +185,10 @@ def make_evaluate_batch(
     """
     definition = definition_of(model, phase, training=False)
     counted = config.is_deq and not (phase and phase.pretraining)
-    gather = functools.partial(_gather, model=model, mesh=mesh)
 
     def evaluate_batch(carry, params, rest, batch):
         totals, memory = carry
-        model = nnx.merge(definition, gather(params), rest, copy=True)
+        model = nnx.merge(definition, _whole(params, mesh), rest, copy=True)
         inputs = network_inputs(batch, memory, white)
         _, _, logits, stats, memory = forward(config, model, inputs, batch.targets)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
@@ -258,7 +255,11 @@ def state_shardings(
     optimiser's moments are where their parameters are, and a memory is split like the batch.
     """
     whole = NamedSharding(mesh, P())
-    params = _param_shardings(model, mesh, ("fsdp", "tensor"))
+    rules = {}
+    for axis in ("fsdp", "tensor"):
+        rules |= RULES[axis] if mesh.shape[axis] > 1 else {}
+    specs = nnx.as_pure(partition_specs(nnx.state(model, nnx.Param), mesh, rules))
+    params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     optimizer_state = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
@@ -271,21 +272,7 @@ def state_shardings(
     return TrainState(*shardings)
 
 
-def _param_shardings(model: nnx.Module, mesh: Mesh, axes: Sequence[str]) -> PyTree:
-    """A sharding for each parameter, which splits it over these axes at most."""
-    rules = {}
-    for axis in axes:
-        rules |= RULES[axis] if mesh.shape[axis] > 1 else {}
-    specs = nnx.as_pure(partition_specs(nnx.state(model, nnx.Param), mesh, rules))
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-
-
-def _gather(params: PyTree, model: nnx.Module, mesh: Mesh | None) -> PyTree:
-    """The parameters whole along `fsdp`: gathered once a step, and their gradient added up once.
-
-    Left to itself, XLA may split activations by features instead, and gather these.
-    """
-    if mesh is None or mesh.shape["fsdp"] == 1:
-        return params
-    shardings = _param_shardings(model, mesh, ("tensor",))
-    return jax.lax.with_sharding_constraint(params, shardings)
+def _whole(params: PyTree, mesh: Mesh | None) -> PyTree:
+    """The parameters, gathered along `fsdp` once a step, and not wherever they are used."""
+    split = mesh is not None and mesh.shape["fsdp"] > 1
+    return gather_params(params, "fsdp") if split else params
