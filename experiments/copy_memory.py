@@ -30,7 +30,7 @@ from flax import nnx
 
 from deq_jax import Anderson
 from deq_jax.stability import JacobianRegularization
-from experiments.data import Batch
+from experiments.data import WHOLE, Batch, Part
 from experiments.data.images import epoch_order
 from experiments.train.config import Count, Optim, Settings, Stability, group, parse
 from experiments.train.errors import UsageError
@@ -160,22 +160,26 @@ class CopyTask:
         return len(self.train) // batch_size
 
     def train_batches(
-        self, batch_size: int, *, seed: int, epoch: int, start: int = 0
+        self, batch_size: int, *, seed: int, epoch: int, start: int = 0, part: Part = WHOLE
     ) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on."""
+        """A part of each of the batches of an epoch from number `start` on."""
         order = epoch_order(seed, epoch, len(self.train))
         for step in range(start, self.steps_per_epoch(batch_size)):
-            inputs = self.train[order[step * batch_size :][:batch_size]]
+            examples = order[step * batch_size :][:batch_size]
+            inputs = self.train[examples[part.rows(batch_size)]]
             yield Batch(inputs, self.targets(inputs), np.ones(inputs.shape, bool))
 
-    def evaluation_batches(self, batch_size: int, *, multiple_of: int = 1) -> Iterator[Batch]:
+    def evaluation_batches(
+        self, batch_size: int, *, multiple_of: int = 1, part: Part = WHOLE
+    ) -> Iterator[Batch]:
         """Each test sequence exactly once; the last batch is filled up with its own sequences."""
         size = min(batch_size, len(self.test))
         size += -size % multiple_of
         for start in range(0, len(self.test), size):
             count = min(size, len(self.test) - start)
-            inputs = self.test[start + np.arange(size) % count]
-            counts = np.broadcast_to(np.arange(size)[:, np.newaxis] < count, inputs.shape)
+            rows = np.arange(size)[part.rows(size)]
+            inputs = self.test[start + rows % count]
+            counts = np.broadcast_to(rows[:, np.newaxis] < count, inputs.shape)
             yield Batch(inputs, self.targets(inputs), counts)
 
     def figures(self, record: Record) -> Record:

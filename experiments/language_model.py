@@ -16,14 +16,14 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from flax import nnx
 
 from deq_jax import Anderson
 from deq_jax.stability import JacobianRegularization
-from experiments.data import Batch
+from experiments.data import WHOLE, Batch, Part
 from experiments.data.text import TextDataset, crops, load_text, stream_steps, streams, windows
 from experiments.data.vocabulary import Level
 from experiments.train.config import Count, Optim, Range, Rate, Settings, Stability, group, parse
@@ -160,28 +160,35 @@ class TextBatches:
         return max(1, tokens // (length * batch_size))
 
     def train_batches(
-        self, batch_size: int, *, seed: int, epoch: int, start: int = 0
+        self, batch_size: int, *, seed: int, epoch: int, start: int = 0, part: Part = WHOLE
     ) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on."""
+        """A part of each of the batches of an epoch from number `start` on."""
         tokens, length = self.text.train, self.config.data.length
         per_epoch = self.steps_per_epoch(batch_size)
-        counts = np.ones((batch_size, length), bool)
+        size: dict[str, Any] = {"length": length, "count": batch_size}
+        own = range(batch_size)[part.rows(batch_size)]
+        counts = np.ones((len(own), length), bool)
         for step in range(epoch * per_epoch + start, (epoch + 1) * per_epoch):
             if self.config.network.memory:
-                segment = step % stream_steps(len(tokens), length=length, count=batch_size)
-                found = streams(tokens, length=length, count=batch_size, step=segment)
-                yield Batch(*found, counts, np.full(batch_size, segment == 0))
+                segment = step % stream_steps(len(tokens), **size)
+                found = streams(tokens, **size, step=segment, part=part)
+                yield Batch(*found, counts, np.full(len(own), segment == 0))
             else:
-                found = crops(tokens, length=length, count=batch_size, seed=seed, step=step)
-                yield Batch(*found, counts)
+                yield Batch(*crops(tokens, **size, seed=seed, step=step, part=part), counts)
 
-    def evaluation_batches(self, batch_size: int, *, multiple_of: int = 1) -> Iterator[Batch]:
-        """Each token of the part that is reported on as a target, exactly once."""
+    def evaluation_batches(
+        self, batch_size: int, *, multiple_of: int = 1, part: Part = WHOLE
+    ) -> Iterator[Batch]:
+        """Each token that is reported on as a target, exactly once; or a part of each batch."""
         del multiple_of  # windows fill up every batch
         contiguous = self.config.network.memory > 0
         length = self.config.data.length
         for found in windows(
-            self.text.evaluation, length=length, count=batch_size, contiguous=contiguous
+            self.text.evaluation,
+            length=length,
+            count=batch_size,
+            contiguous=contiguous,
+            part=part,
         ):
             yield Batch(*found)
 

@@ -5,9 +5,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from experiments.train.errors import UsageError
+
 
 class Batch(NamedTuple):
-    """Examples of one step, as they are kept in memory.
+    """Examples of one step, or a part of them, as they are kept in memory.
 
     Attributes:
         inputs: `[B, ...]`: images `[B, H, W, C]` uint8, or tokens `[B, L]` int32.
@@ -22,6 +24,36 @@ class Batch(NamedTuple):
     targets: np.ndarray
     counts: np.ndarray
     first: np.ndarray | None = None
+
+
+class Part(NamedTuple):
+    """One of several equal parts of every batch: the rows that one process reads.
+
+    Attributes:
+        index: number of the part, from 0.
+        count: number of parts.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def rows(self, size: int) -> slice:
+        """Its rows of a batch of `size` examples.
+
+        Raises:
+            UsageError: a batch cannot be divided like that.
+        """
+        if size % self.count:
+            raise UsageError(
+                f"a batch of {size} examples cannot be shared equally by {self.count} processes; "
+                f"choose a batch size that is a multiple of {self.count}"
+            )
+        share = size // self.count
+        return slice(self.index * share, (self.index + 1) * share)
+
+
+WHOLE = Part()
+"""All rows, for a process that is alone."""
 
 
 class Source(Protocol):

@@ -6,7 +6,7 @@
 
 A batch is a row of a plan, an array `[batches, B]` of positions that is written down before the
 first image is read. Training resumes at batch k by leaving out the first k rows, and each of
-several JAX processes takes its own columns. Together they see the batches that one would see alone.
+several processes takes its own columns. Together they see the batches that one would see alone.
 """
 
 import concurrent.futures
@@ -19,11 +19,10 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-import jax
 import numpy as np
 import tqdm
 
-from experiments.data import Batch, Source
+from experiments.data import WHOLE, Batch, Part, Source
 from experiments.train.errors import DatasetNotFoundError, UsageError
 
 _TEST_FRACTION = 0.2
@@ -124,8 +123,8 @@ def load_images(
 class ImageDataset:
     """Images to train on, and images to report on.
 
-    Where JAX runs as several processes, the batch sizes below are those of all processes together,
-    and a process gets its share of the rows of every batch.
+    The batch sizes below are those of all processes together. A process reads its `Part` of the
+    rows of every batch.
 
     Attributes:
         name: name of the data set.
@@ -192,7 +191,7 @@ class ImageDataset:
         return self._evaluation.checksum(self._train.checksum(0))
 
     def train_batches(
-        self, batch_size: int, *, seed: int, epoch: int, start: int = 0
+        self, batch_size: int, *, seed: int, epoch: int, start: int = 0, part: Part = WHOLE
     ) -> Iterator[Batch]:
         """One epoch in an order that is a function of `seed` and `epoch` alone.
 
@@ -203,16 +202,19 @@ class ImageDataset:
             seed: seed of the order.
             epoch: number of the epoch.
             start: leave out this many batches at the beginning, without decoding them.
+            part: read this part of each batch.
 
         Raises:
-            UsageError: the processes cannot share a batch equally.
+            UsageError: a batch has no such part.
         """
         steps = self.steps_per_epoch(batch_size)
         order = epoch_order(seed, epoch, self.train_size)[: steps * batch_size]
         plan = order.reshape(steps, batch_size)[start:]
-        return _batches(self._train, plan, np.ones(plan.shape, bool))
+        return _batches(self._train, plan, np.ones(plan.shape, bool), part)
 
-    def evaluation_batches(self, batch_size: int, *, multiple_of: int = 1) -> Iterator[Batch]:
+    def evaluation_batches(
+        self, batch_size: int, *, multiple_of: int = 1, part: Part = WHOLE
+    ) -> Iterator[Batch]:
         """All examples in order, each exactly once, in batches of one size.
 
         The last batch is filled up with examples of its own that do not count, so that one compiled
@@ -223,17 +225,18 @@ class ImageDataset:
             batch_size: examples in a batch. If there are fewer examples in all, the batch is cut to
                 their number, provided that it still is a multiple of `multiple_of`.
             multiple_of: the number of devices that share a batch.
+            part: read this part of each batch.
 
         Raises:
-            UsageError: the processes cannot share a batch equally.
+            UsageError: a batch has no such part.
         """
         total = self.evaluation_size
-        if total < batch_size and total % math.lcm(multiple_of, jax.process_count()) == 0:
+        if total < batch_size and total % multiple_of == 0:
             batch_size = total
         starts = np.arange(0, total, batch_size)[:, np.newaxis]
         rows = np.arange(batch_size)
         present = np.minimum(batch_size, total - starts)
-        return _batches(self._evaluation, starts + rows % present, rows < present)
+        return _batches(self._evaluation, starts + rows % present, rows < present, part)
 
     def evaluation_labels(self) -> np.ndarray:
         """The labels of the images to report on, `[N]` int32."""
@@ -244,17 +247,10 @@ class ImageDataset:
         return next(self._evaluation.examples(positions[np.newaxis]))
 
 
-def _batches(part: Any, plan: np.ndarray, counts: np.ndarray) -> Iterator[Batch]:
-    """The batches of a plan `[batches, B]` of positions, or this process's share of each."""
-    processes, size = jax.process_count(), plan.shape[1]
-    if size % processes:
-        raise UsageError(
-            f"a batch of {size} examples cannot be shared equally by {processes} processes; "
-            f"choose a batch size that is a multiple of {processes}"
-        )
-    share = size // processes
-    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-    examples = zip(part.examples(plan[:, mine]), counts[:, mine], strict=True)
+def _batches(split: Any, plan: np.ndarray, counts: np.ndarray, part: Part) -> Iterator[Batch]:
+    """A part of each of the batches of a plan `[batches, B]` of positions in a split."""
+    rows = part.rows(plan.shape[1])
+    examples = zip(split.examples(plan[:, rows]), counts[:, rows], strict=True)
     return (Batch(images, labels, counted) for (images, labels), counted in examples)
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from experiments.data import WHOLE, Part
 from experiments.data.prepared import open_prepared
 from experiments.data.vocabulary import Level, Vocabulary
 from experiments.train.errors import DatasetNotFoundError, UsageError
@@ -137,7 +138,7 @@ def load_text(
 
 
 def crops(
-    tokens: np.ndarray, *, length: int, count: int, seed: int, step: int
+    tokens: np.ndarray, *, length: int, count: int, seed: int, step: int, part: Part = WHOLE
 ) -> tuple[np.ndarray, np.ndarray]:
     """Random windows of a text for one step of training, a function of the arguments alone.
 
@@ -147,9 +148,11 @@ def crops(
         count: windows; each starts anywhere from 0 to N - length - 1, all of these equally likely.
         seed: seed of the run.
         step: number of the step.
+        part: of the windows, those of one process.
 
     Returns:
-        Inputs and targets, the token after each input; both `[count, length]` int32.
+        Inputs and targets, the token after each input; both `[count, length]` int32, or the rows
+        of the part.
 
     Raises:
         UsageError: the text is shorter than a window and the token after it.
@@ -159,7 +162,8 @@ def crops(
             f"a text of {len(tokens)} tokens has no window of {length} with a token after it"
         )
     generator = np.random.default_rng([seed, step, _CROP_STREAM])
-    return _with_targets(tokens, generator.integers(len(tokens) - length, size=count), length)
+    starts = generator.integers(len(tokens) - length, size=count)
+    return _with_targets(tokens, starts[part.rows(count)], length)
 
 
 def stream_steps(size: int, length: int, count: int) -> int:
@@ -177,7 +181,7 @@ def stream_steps(size: int, length: int, count: int) -> int:
 
 
 def streams(
-    tokens: np.ndarray, *, length: int, count: int, step: int
+    tokens: np.ndarray, *, length: int, count: int, step: int, part: Part = WHOLE
 ) -> tuple[np.ndarray, np.ndarray]:
     """A segment of each of several contiguous streams, for training that carries a memory.
 
@@ -189,9 +193,11 @@ def streams(
         length: tokens in a segment.
         count: streams.
         step: number of the segment, below `stream_steps(N, length, count)`.
+        part: of the streams, those of one process.
 
     Returns:
-        Inputs and targets, the token after each input; both `[count, length]` int32.
+        Inputs and targets, the token after each input; both `[count, length]` int32, or the rows
+        of the part.
 
     Raises:
         UsageError: a stream is shorter than a segment and the token after it.
@@ -201,11 +207,16 @@ def streams(
     if not 0 <= step < steps:
         raise ValueError(f"step must be from 0 to {steps - 1}, got {step}")
     starts = np.arange(count) * (len(tokens) // count) + step * length
-    return _with_targets(tokens, starts, length)
+    return _with_targets(tokens, starts[part.rows(count)], length)
 
 
 def windows(
-    tokens: np.ndarray, *, length: int, count: int, contiguous: bool = False
+    tokens: np.ndarray,
+    *,
+    length: int,
+    count: int,
+    contiguous: bool = False,
+    part: Part = WHOLE,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Goes through a text once; each token but the first is a target exactly once.
 
@@ -223,10 +234,12 @@ def windows(
         length: tokens in a window.
         count: windows in a batch.
         contiguous: see above.
+        part: of the rows of a batch, those of one process.
 
     Returns:
         Batches of inputs, targets, the token after each input, and where they are there; all
-        `[count, length]`, int32, int32 and bool. Filling is at the end of a row, and zero.
+        `[count, length]`, or the rows of the part; int32, int32 and bool. Filling is at the end of
+        a row, and zero.
 
     Raises:
         UsageError: there is nothing to predict.
@@ -240,6 +253,7 @@ def windows(
     else:
         starts, ends, stride = np.arange(count) * length, np.full(count, size), count * length
     batches = math.ceil(np.max(ends - starts) / stride)
+    starts, ends = starts[part.rows(count)], ends[part.rows(count)]
 
     def batch(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         positions = (starts + number * stride)[:, np.newaxis] + np.arange(length)

@@ -90,7 +90,7 @@ def read_config(path: pathlib.Path, unfit: Unfit = _is_fit) -> tuple[str, Traini
     if why := unfit(script, config):
         raise UsageError(f"--run: {path} holds {why}")
     # One device is enough here, and samples need not leave a solve early.
-    return script, dataclasses.replace(config, devices=1, shrink_to=None)
+    return script, dataclasses.replace(config, devices=1, fsdp=1, tensor=1, shrink_to=None)
 
 
 def read_run(path: pathlib.Path, data_dir: str | None = None, unfit: Unfit = _is_fit) -> Run:

@@ -220,8 +220,8 @@ class RunOptions(Settings):
     Attributes:
         dir: folder of the run. None: one in runs/.
         fresh: delete the run that is there.
-        elastic: go on with another number of devices.
-        save_every: seconds between two checkpoints.
+        elastic: go on with another number of devices or processes.
+        save_every: steps between two checkpoints. The end of an epoch is always saved.
         tensorboard: write TensorBoard events too.
         progress: show progress bars.
         warn_below: share of converged solves to warn at.
@@ -232,10 +232,30 @@ class RunOptions(Settings):
     dir: str | None = None
     fresh: bool = False
     elastic: bool = False
-    save_every: Amount = 30.0
+    save_every: Count = 100
     tensorboard: bool = False
     progress: bool = True
     warn_below: Share = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes(Settings):
+    """The processes of a run on several machines; see docs/scaling.md.
+
+    Attributes:
+        coordinator: HOST:PORT of process 0; auto: jax.distributed finds out; off: one process.
+            None: auto if SLURM or Open MPI started several tasks.
+        count: number of processes.
+        index: number of this process, from 0.
+        lost_after: seconds without a sign of life after which a process counts as lost.
+    """
+
+    prefix = "processes."
+
+    coordinator: str | None = None
+    count: Count | None = None
+    index: Annotated[int, Range(0)] | None = None
+    lost_after: Count = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +269,9 @@ class TrainingConfig(Settings):
         eval_batch_size: examples evaluated at once.
         eval_every: epochs between evaluations.
         seed: seed of weights, order and dropout.
-        devices: number of devices that share each batch.
+        devices: number of devices, of all processes together: data x fsdp x tensor.
+        fsdp: split parameters and optimizer state over so many of those that share a batch.
+        tensor: split the features inside the network over so many devices.
         precision: float32; mixed (cell in bfloat16); bfloat16 (state too).
         shrink_to: remove finished samples from the solve until this many are left.
         solver: how the equilibrium is found.
@@ -265,6 +287,8 @@ class TrainingConfig(Settings):
     eval_every: Count = 1
     seed: Annotated[int, Range(0)] = 0
     devices: Count = 1
+    fsdp: Count = 1
+    tensor: Count = 1
     precision: Literal["float32", "mixed", "bfloat16"] = "float32"
     shrink_to: Count | None = None
     optim: group(Optim) = Optim()
@@ -273,6 +297,7 @@ class TrainingConfig(Settings):
     backward: BackwardChoice = None
     stability: choice("off", None) | choice("on", Stability()) = None
     run: group(RunOptions) = RunOptions()
+    processes: group(Processes) = Processes()
 
     model: typing.ClassVar[str]
 
@@ -307,10 +332,16 @@ class TrainingConfig(Settings):
                 "gradient:unrolled, gradient:reversed or --stability.pretrain-steps, got "
                 f"{self.shrink_to}",
             ),
+            (
+                self.devices % (self.fsdp * self.tensor) == 0,
+                "--devices must be a multiple of --fsdp times --tensor, "
+                f"{self.fsdp * self.tensor}, got {self.devices}",
+            ),
             *(
                 (
-                    size % self.devices == 0,
-                    f"--{name} must be a multiple of --devices, {self.devices}, got {size}",
+                    size % self.data_shards == 0,
+                    f"--{name} must be a multiple of the devices that share a batch, "
+                    f"{self.data_shards}, got {size}",
                 )
                 for name, size in (
                     ("batch-size", self.batch_size),
@@ -330,6 +361,11 @@ class TrainingConfig(Settings):
             raise UsageError(f"solver:, gradient: and backward: do not fit: {error}") from error
 
     @property
+    def data_shards(self) -> int:
+        """Into how many parts each batch is split."""
+        return max(1, self.devices // self.tensor)
+
+    @property
     def is_deq(self) -> bool:
         """Whether the model has a solver."""
         return self.model == "deq"
@@ -347,9 +383,10 @@ class TrainingConfig(Settings):
 
     def layer(self) -> dict[str, Any]:
         """The arguments of the equilibrium layer."""
+        axes = None if self.data_shards == 1 else "data" if self.fsdp == 1 else ("data", "fsdp")
         execution = Execution(
             shrink_to=self.shrink_to,
-            shard_axis=None if self.devices == 1 else "data",
+            shard_axis=axes,
             cell_dtype=None if self.precision == "float32" else jnp.bfloat16,
             state_dtype=jnp.bfloat16 if self.precision == "bfloat16" else None,
         )

@@ -41,6 +41,12 @@ class CheckpointError(ExperimentError, OSError):
     """A checkpoint could not be written or read."""
 
 
+class LostProcessError(ExperimentError):
+    """Another process of the run has ended or does not answer, so that this one cannot go on."""
+
+    exit_code = 3
+
+
 class Stopped(ExperimentError):
     """Somebody asked the training to stop; all is saved.
 

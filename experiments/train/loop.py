@@ -3,27 +3,23 @@
 import contextlib
 import dataclasses
 import functools
-import os
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 from typing import Any, Protocol
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from experiments.data import Batch
+from experiments.data import WHOLE, Batch, Part
 from experiments.report.figures import draw_curves, draw_residuals
 from experiments.report.measure import residual_traces
-from experiments.train import metrics
+from experiments.train import metrics, processes
 from experiments.train.config import TrainingConfig
-from experiments.train.errors import NonFiniteError, RunMismatchError, Stopped, UsageError
+from experiments.train.errors import NonFiniteError, RunMismatchError, Stopped
 from experiments.train.metrics import Record, Totals
+from experiments.train.processes import device_mesh, gathered, graceful_stop, place, place_batch
 from experiments.train.reporter import Reporter, describe, environment
 from experiments.train.runs import Checkpoints, RunFolder
 from experiments.train.stability import evaluation_phase, training_phase
@@ -35,6 +31,7 @@ from experiments.train.step import (
     make_evaluate_batch,
     make_train_step,
     network_inputs,
+    state_shardings,
 )
 
 _LOOK_SECONDS = 0.25
@@ -68,12 +65,17 @@ class Dataset(Protocol):
         """Steps in an epoch."""
 
     def train_batches(
-        self, batch_size: int, *, seed: int, epoch: int, start: int = 0
+        self, batch_size: int, *, seed: int, epoch: int, start: int = 0, part: Part = WHOLE
     ) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on: a function of the arguments alone."""
+        """A part of each batch of an epoch from number `start` on: a function of the arguments."""
 
-    def evaluation_batches(self, batch_size: int, *, multiple_of: int = 1) -> Iterator[Batch]:
-        """Each example exactly once, in batches of one size, which `multiple_of` divides."""
+    def evaluation_batches(
+        self, batch_size: int, *, multiple_of: int = 1, part: Part = WHOLE
+    ) -> Iterator[Batch]:
+        """A part of each batch; batches have one size, which `multiple_of` divides.
+
+        The batches have each example exactly once.
+        """
 
     def figures(self, record: Record) -> Record:
         """Figures to report that follow from those of an evaluation."""
@@ -121,7 +123,8 @@ def train(
     Raises:
         ExperimentError: something the user can put right; the message says what.
     """
-    device_mesh(config.devices)  # on a CPU it must be made before JAX is first used
+    processes.start(config)
+    device_mesh(config)
     run = RunFolder(config.run.dir or pathlib.Path("runs") / folder)
     words = sys.argv[1:] if arguments is None else arguments
     with run.open(script, config, words, environment(config)):
@@ -131,15 +134,24 @@ def train(
         dataset, model = load(config, run)
         print(describe(config, model, dataset.describe(), run), flush=True)
         model, history = fit(config, model, dataset, run)
-        draw_curves(history, run.curves)
-        if config.is_deq:
-            batch = next(dataset.evaluation_batches(min(_TRACED, config.eval_batch_size)))
-            inputs = network_inputs(batch, None, dataset.white)
-            traces, tolerances = residual_traces(model, inputs, jax.numpy.asarray(batch.targets))
-            draw_residuals(traces, run.residuals, tolerances=tolerances)
+        if processes.is_first():
+            draw(config, model, dataset, run, history)
         result = {"evaluation": dataset.evaluation_name, **history[-1]}
         run.write_result(result)
+        processes.wait_for_all("the run is finished")
         return result
+
+
+def draw(
+    config: TrainingConfig, model: Any, dataset: Dataset, run: RunFolder, history: list[Record]
+) -> None:
+    """Draws the figures of the epochs, and residuals of the trained network."""
+    draw_curves(history, run.curves)
+    if config.is_deq:
+        batch = next(dataset.evaluation_batches(min(_TRACED, config.eval_batch_size)))
+        inputs = network_inputs(batch, None, dataset.white)
+        traces, tolerances = residual_traces(model, inputs, jax.numpy.asarray(batch.targets))
+        draw_residuals(traces, run.residuals, tolerances=tolerances)
 
 
 def fit(
@@ -163,7 +175,8 @@ def fit(
         ExperimentError: something else that the user can put right.
     """
     # Each phase compiles its own step and evaluation, at first use.
-    mesh = device_mesh(config.devices)
+    mesh, part = device_mesh(config), processes.own_part(device_mesh(config))
+    shows = processes.is_first()
     steps_per_epoch = dataset.steps_per_epoch(config.batch_size)
     steps = config.epochs * steps_per_epoch
     schedule, optimizer = config.optim.schedule(steps), config.optim.optimizer(steps)
@@ -181,11 +194,14 @@ def fit(
         phase = evaluation_phase(config, int(state.step))
         memory = initial_memory(model, config.eval_batch_size)
         carry = metrics.zeros(forward=config.is_deq), memory
-        batches = dataset.evaluation_batches(config.eval_batch_size, multiple_of=config.devices)
+        carry = place(carry, shardings and (shardings.totals, shardings.memory))
+        batches = dataset.evaluation_batches(
+            config.eval_batch_size, multiple_of=config.data_shards, part=part
+        )
         for batch in batches:
             if stop.requested():
                 return None
-            batch = place(batch, mesh, P("data"))
+            batch = place_batch(batch, mesh)
             carry = compiled_evaluation(phase)(carry, state.params, state.rest, batch)
         totals, name = jax.device_get(carry[0]), dataset.evaluation_name
         record = metrics.loss_record(totals, name)
@@ -200,9 +216,10 @@ def fit(
         # Where the run stands.
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))  # where a DEQ layer looks for the axis
-        stop = stack.enter_context(GracefulStop())
+        stop = stack.enter_context(graceful_stop())
         checkpoints = stack.enter_context(Checkpoints(run.checkpoints))
-        state = place(initial_state(config, model, optimizer), mesh, P())
+        shardings = None if mesh is None else state_shardings(model, optimizer, mesh)
+        state = place(initial_state(config, model, optimizer), shardings)
         progress = Progress(data=dataset.checksum())
         if (restored := checkpoints.restore(state)) is not None:
             state, progress = restored[0], Progress(**restored[1])
@@ -217,10 +234,14 @@ def fit(
         for epoch in range(progress.epoch, config.epochs):
             # The steps of an epoch.
             started = time.monotonic() - progress.seconds
-            looked = saved = time.monotonic()
+            looked = time.monotonic()
             waited_for = None
             batches = dataset.train_batches(
-                config.batch_size, seed=config.seed, epoch=epoch, start=progress.position
+                config.batch_size,
+                seed=config.seed,
+                epoch=epoch,
+                start=progress.position,
+                part=part,
             )
             with reporter.bar(epoch, steps_per_epoch, progress.position) as bar:
                 for batch in batches:
@@ -229,22 +250,23 @@ def fit(
                     step = epoch * steps_per_epoch + progress.position
                     phase = training_phase(config, step, steps) if config.stability else None
                     limits = phase and phase.limits
-                    batch = place(batch, mesh, P("data"))
+                    batch = place_batch(batch, mesh)
                     state, loss = compiled_step(phase)(state, batch, limits)
                     progress.position += 1
                     # Waiting for the step before keeps the device busy with this one, and keeps
                     # the host from queueing the whole epoch, after which nobody could stop it.
                     jax.block_until_ready(waited_for)
                     waited_for = loss
-                    if time.monotonic() - looked >= _LOOK_SECONDS:
-                        totals = look(state, progress)
+                    if shows and time.monotonic() - looked >= _LOOK_SECONDS:
+                        # Several processes end together, at the next checkpoint.
+                        alone = not processes.several()
+                        totals = look(state, progress) if alone else jax.device_get(state.totals)
                         bar.show(progress.position, totals)
                         if progress.position >= _ENOUGH_STEPS:
                             reporter.advise(epoch, totals)
                         looked = time.monotonic()
-                    if time.monotonic() - saved >= config.run.save_every:
+                    if (step + 1) % config.run.save_every == 0:
                         save(time.monotonic() - started)
-                        saved = time.monotonic()
                 else:
                     if progress.position != steps_per_epoch:
                         raise ValueError(
@@ -262,6 +284,7 @@ def fit(
                 evaluated = evaluate(state)
             if evaluated is None:
                 save(time.monotonic() - started)
+                checkpoints.wait()
                 raise Stopped(
                     f"stopped in epoch {epoch + 1}, step {progress.position}, and saved; the same "
                     "command goes on from there",
@@ -277,11 +300,13 @@ def fit(
             # Save first, so that the files never show an epoch that the checkpoint lacks.
             progress = Progress(epoch + 1, 0, 0.0, [*progress.history, record], progress.data)
             empty = metrics.zeros(forward=config.is_deq, backward=config.reports_backward)
-            state = state._replace(totals=place(empty, mesh, P()))
+            state = state._replace(totals=place(empty, shardings and shardings.totals))
             save(0.0)
+            checkpoints.wait()
             reporter.epoch(progress.history)
 
-    return trained_model(config, model, state), progress.history
+    whole = state._replace(params=gathered(state.params), rest=gathered(state.rest))
+    return trained_model(config, model, whole), progress.history
 
 
 def trained_model(config: TrainingConfig, model: Any, state: TrainState) -> Any:
@@ -303,67 +328,3 @@ def look(state: TrainState, progress: Progress) -> Totals:
             f"step {int(totals['failed']) + 1}; try a smaller --optim.lr"
         )
     return totals
-
-
-def device_mesh(count: int) -> Mesh | None:
-    """A mesh of the first `count` devices with the axis `data`; None for a single one.
-
-    On the CPU there are as many virtual devices as are asked for before JAX is first used.
-
-    Raises:
-        UsageError: there are not so many; the message names the flag.
-    """
-    if count == 1:
-        return None
-    with contextlib.suppress(RuntimeError):  # in use already: take what there is
-        jax.config.update("jax_num_cpu_devices", count)
-    devices = jax.devices()
-    if len(devices) < count:
-        raise UsageError(
-            f"--devices must be at most {len(devices)}, the number of {devices[0].platform} "
-            f"devices here, got {count}"
-        )
-    auto = (AxisType.Auto,)
-    return jax.make_mesh((count,), ("data",), axis_types=auto, devices=devices[:count])
-
-
-def place(values: Any, mesh: Mesh | None, spec: P) -> Any:
-    """The arrays on the devices of the mesh: `P()` whole on each, `P("data")` split on axis 0."""
-    return values if mesh is None else jax.device_put(values, NamedSharding(mesh, spec))
-
-
-class GracefulStop:
-    """While entered, the first SIGINT or SIGTERM is only noted; the second one kills.
-
-    Attributes:
-        signal: the signal received, or None.
-    """
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._previous: dict[signal.Signals, object] = {}
-
-    def requested(self) -> bool:
-        """Whether somebody asked to stop."""
-        return self.signal is not None
-
-    @property
-    def exit_code(self) -> int:
-        """What a shell expects of a process ended by this signal: 130 or 143; 0 without one."""
-        return 0 if self.signal is None else 128 + self.signal
-
-    def __enter__(self) -> "GracefulStop":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        for each in self._previous:
-            signal.signal(each, signal.SIG_DFL)
-        # Not `print`: the signal may have interrupted one, whose buffer must not be entered twice.
-        os.write(2, b"\nstopping after this step; once more to stop without saving\n")

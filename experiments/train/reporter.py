@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from deq_jax import Execution, diagnose
 from deq_jax.models.conv_deq import count_parameters
 from deq_jax.stability import Limits
 from experiments.report.figures import draw_curves
-from experiments.train import metrics
+from experiments.train import metrics, processes
 from experiments.train.config import Stability, TrainingConfig
 from experiments.train.errors import ExperimentError, MissingExtraError, Stopped
 from experiments.train.metrics import Record, Totals
@@ -50,7 +51,7 @@ class EpochBar(tqdm.tqdm):
 
 
 class Reporter:
-    """Reports the epochs of a run.
+    """Reports the epochs of a run, in process 0.
 
     The history, which comes from the checkpoint, is the truth: files are rewritten from it, so that
     after a resumption they hold no epoch twice and none that was lost.
@@ -68,7 +69,8 @@ class Reporter:
         self._config, self._run = config, run
         self._drawn = time.monotonic()
         self._explained: dict[str, int] = {}
-        self._writer = _open_tensorboard(run) if config.run.tensorboard else None
+        writes = config.run.tensorboard and processes.is_first()
+        self._writer = _open_tensorboard(run) if writes else None
         self._write_metrics(history)
         for record in history:
             self._write_events(record)
@@ -81,7 +83,7 @@ class Reporter:
             initial=done,
             unit="step",
             leave=False,
-            disable=not self._config.run.progress,
+            disable=not (self._config.run.progress and processes.is_first()),
             mininterval=0.1 if sys.stderr.isatty() else _BAR_SECONDS,
         )
 
@@ -90,7 +92,7 @@ class Reporter:
         self._write_metrics(history)
         self._write_events(history[-1])
         print(epoch_line(history[-1]), flush=True)
-        if time.monotonic() - self._drawn > _REDRAW_SECONDS:
+        if processes.is_first() and time.monotonic() - self._drawn > _REDRAW_SECONDS:
             draw_curves(history, self._run.curves)
             self._drawn = time.monotonic()
 
@@ -170,34 +172,46 @@ def reports_errors(main: Callable[..., None]) -> Callable[..., int]:
     | 0 | finished |
     | 1 | the loss became NaN or infinite |
     | 2 | a bad flag, missing data, or a folder that holds another run or cannot be written |
+    | 3 | another process of the run has ended, or does not answer |
     | 130, 143 | stopped by Ctrl-C, or by SIGTERM |
+
+    One of several processes that meets an error ends at once and does not wait for the others,
+    which then end with 3.
     """
 
     @functools.wraps(main)
     def command(arguments: Sequence[str] | None = None) -> int:
         try:
             main(arguments)
+            return 0
         except Stopped as stopped:
             print(stopped)
             return stopped.exit_code
-        except ExperimentError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
-        except OSError as error:
-            if error.errno not in _NOT_WRITABLE:
-                raise
-            print(
-                f"error: cannot write {error.filename or 'to the folder of the run'}: "
-                f"{error.strerror}. Earlier checkpoints are intact; the same command resumes from "
-                "them",
-                file=sys.stderr,
-            )
-            return 2
         except KeyboardInterrupt:  # before or after the training, where there is nothing to save
-            return 130
-        return 0
+            code = 130
+        except Exception as error:
+            found = processes.lost_process(error) or _in_words(error)
+            if found is None and not processes.several():
+                raise
+            print(f"error: {found}" if found else traceback.format_exc(), file=sys.stderr)
+            code = found.exit_code if found else 1
+        if processes.several():
+            processes.leave(code)
+        return code
 
     return command
+
+
+def _in_words(error: Exception) -> ExperimentError | None:
+    """What the user can put right about an error; None for an error of the program."""
+    if isinstance(error, ExperimentError):
+        return error
+    if not isinstance(error, OSError) or error.errno not in _NOT_WRITABLE:
+        return None
+    return ExperimentError(
+        f"cannot write {error.filename or 'to the folder of the run'}: {error.strerror}. Earlier "
+        "checkpoints are intact; the same command resumes from them"
+    )
 
 
 def describe(config: TrainingConfig, model: Any, data: str, run: RunFolder) -> str:
@@ -215,7 +229,7 @@ def describe(config: TrainingConfig, model: Any, data: str, run: RunFolder) -> s
             lines.append(f"stability: {changed}")
     else:
         lines.append("a control has no solver: solver, gradient, backward and stability are unused")
-    return "\n".join([*lines, f"device: {device_name(config.devices)}", f"run: {run.path}"])
+    return "\n".join([*lines, f"device: {device_name(config)}", f"run: {run.path}"])
 
 
 def described_stability(config: TrainingConfig) -> str:
@@ -224,13 +238,18 @@ def described_stability(config: TrainingConfig) -> str:
     return ", ".join(f"{name} {v}" for name, v in tools.items() if none.get(name) != v)
 
 
-def device_name(count: int) -> str:
+def device_name(config: TrainingConfig) -> str:
     """What the training runs on, in words."""
     device = jax.devices()[0]
     name = device.platform
     if device.device_kind != device.platform:
         name += f" ({device.device_kind})"
-    return name if count == 1 else f"{count} x {name}"
+    if config.devices > 1:
+        name = f"{config.devices} x {name}"
+    for axis, size in (("fsdp", config.fsdp), ("tensor", config.tensor)):
+        if size > 1:
+            name += f", {axis} {size}"
+    return f"{name}, {jax.process_count()} processes" if processes.several() else name
 
 
 def environment(config: TrainingConfig) -> dict[str, str]:
@@ -239,7 +258,7 @@ def environment(config: TrainingConfig) -> dict[str, str]:
         "deq_jax": importlib.metadata.version("deq_jax"),
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "device": device_name(config.devices),
+        "device": device_name(config),
     }
 
 

@@ -10,14 +10,19 @@ import pathlib
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from experiments.train.errors import CheckpointError, RunInUseError, RunMismatchError
+from experiments.train import processes
+from experiments.train.errors import (
+    CheckpointError,
+    RunInUseError,
+    RunMismatchError,
+    UsageError,
+)
 
 PyTree = Any
 
@@ -29,13 +34,18 @@ _AFTERMATH = (
 """What tensorstore's futures and Orbax's coroutines, which outlive the event loop of a read or a
 write that failed, complain of at any time until the process ends."""
 
-_IRRELEVANT = ("run", "data.dir")
+_IRRELEVANT = ("run", "processes", "data.dir")
 """A run may be resumed with other values of these settings, on which its result does not depend.
-What `data.dir` holds is compared by its checksum."""
+What `data.dir` holds is compared by its checksum, and the number of processes by what it was."""
+
+_ELASTIC = ("devices", "fsdp", "tensor", "number of processes")
+"""With other values of these settings a run may go on if `--run.elastic` allows it."""
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a text file that is never seen half-written."""
+    """Writes a text file that is never seen half-written; only in process 0."""
+    if not processes.is_first():
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -81,6 +91,8 @@ class RunFolder:
     ) -> Iterator[None]:
         """Starts a run here, or checks that the one here has the same settings; then holds it.
 
+        With several processes, process 0 does so while the others wait.
+
         Args:
             script: name of the command in `experiments`.
             config: its settings.
@@ -90,13 +102,22 @@ class RunFolder:
         Raises:
             RunMismatchError: the run here is of another command or has other settings; the message
                 names them.
-            RunInUseError: another process has this folder open.
+            RunInUseError: another run has this folder open.
+            UsageError: not all processes see this folder.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self._locked():
-            if config.run.fresh:
-                self._delete()
-            self._check(script, config, arguments, environment)
+        with contextlib.ExitStack() as stack:
+            if processes.is_first():
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(self._locked())
+                if config.run.fresh:
+                    self._delete()
+                self._check(script, config, arguments, environment)
+            processes.wait_for_all("the folder of the run is open")
+            if not self.config.exists():
+                raise UsageError(
+                    f"--run.dir must be on a file system that all processes share; there is no "
+                    f"{self.config} here, which process 0 has written"
+                )
             yield
 
     @contextlib.contextmanager
@@ -120,6 +141,7 @@ class RunFolder:
             "arguments": list(arguments),
             "config": settings,
             "environment": dict(environment),
+            "processes": jax.process_count() if processes.several() else 1,
         }
         text = json.dumps(document, indent=2) + "\n"
         if not self.has_checkpoint():
@@ -139,18 +161,19 @@ class RunFolder:
                 f"{self.path} holds a run of experiments.{earlier['script']}, not of "
                 f"experiments.{script}. Start over with --run.fresh, or choose another --run.dir"
             )
-        differing = differences(earlier["config"], settings)
-        if config.run.elastic and "devices" in differing:
-            print(
-                f"note: {differing.pop('devices')}: sums over the batch are taken in another order "
-                "from here on, and dropout draws other masks"
-            )
+        number = {"number of processes": earlier.get("processes", 1)}
+        now = {"number of processes": document["processes"]}
+        differing = differences(earlier["config"] | number, settings | now)
+        moved = ", ".join(differing[name] for name in _ELASTIC if name in differing)
+        if config.run.elastic and moved:
+            differing = {name: text for name, text in differing.items() if name not in _ELASTIC}
+            print(f"note: {moved}: sums are rounded differently from here on")
             if not differing:
                 write_atomically(self.config, text)
-        elif list(differing) == ["devices"]:
+        elif moved and all(name in _ELASTIC for name in differing):
             raise RunMismatchError(
-                f"{self.path} holds a run in which {differing['devices']}; --run.elastic goes on "
-                "with it all the same, to the same accuracy but not to the same bits"
+                f"{self.path} holds a run in which {moved}; --run.elastic goes on with it all the "
+                "same, to the same accuracy but not to the same bits"
             )
         if differing:
             raise RunMismatchError(
@@ -213,6 +236,13 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
     }
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """No: `processes.Stop` asks JAX, which takes each question for the step of this process."""
+        del step
+        return False
+
+
 class Checkpoints:
     """The newest checkpoints of one run.
 
@@ -221,42 +251,67 @@ class Checkpoints:
     the state between the last step of an epoch and the evaluation, and the one after it, have the
     same step but are not the same.
 
-    Arrays come back bit for bit; typed PRNG keys are stored as their data.
+    Arrays come back bit for bit, on as many devices and processes as then there are. All processes
+    save and restore together, and each writes what its devices hold.
 
     Args:
         directory: folder for the checkpoints, created if it is missing.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
+        folder = pathlib.Path(directory).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=2,
-            cleanup_tmp_directories=True,
-            # The next step donates the buffers that a background thread would still be reading.
-            enable_async_checkpointing=False,
+            max_to_keep=2, cleanup_tmp_directories=True, create=False
         )
-        self._manager = ocp.CheckpointManager(pathlib.Path(directory).absolute(), options=options)
+        if processes.several():
+            # Named, the processes wait for each other with a timeout, and not by a collective.
+            options.multiprocessing_options.active_processes = set(range(jax.process_count()))
+        self._silence = contextlib.ExitStack()
+        self._fails = self._silence.enter_context(_orbax_silent())
+        self._manager = _Manager(folder, options=options)
+        newest = self._manager.latest_step()
+        self._next = 0 if newest is None else newest + 1
 
     def save(self, state: PyTree, progress: dict[str, Any]) -> None:
-        """Writes a checkpoint; on return it is on disk.
+        """Copies a state and writes it in the background; a second call waits for the first.
+
+        The state's buffers may be donated at once: a CPU's buffer that is still being read is not
+        used again.
 
         Args:
             state: pytree of arrays.
             progress: anything that JSON can hold.
 
         Raises:
+            CheckpointError: it, or the one before it, could not be written.
+        """
+        with self._errors_in_words():
+            self._manager.save(
+                self._next,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
+                ),
+            )
+        self._next += 1
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk.
+
+        Raises:
             CheckpointError: it could not be written; those before it are whole.
         """
-        newest = self._manager.latest_step()
+        with self._errors_in_words():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _errors_in_words(self) -> Iterator[None]:
         try:
-            with _orbax_silent():
-                self._manager.save(
-                    0 if newest is None else newest + 1,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardSave(_named_arrays(state)),
-                        progress=ocp.args.JsonSave(progress),
-                    ),
-                )
+            yield
         except (OSError, ValueError) as error:  # tensorstore raises ValueError for a full disk
+            self._fails()
+            if lost := processes.lost_process(error):
+                raise lost from error
             raise CheckpointError(
                 f"cannot write a checkpoint to {self._manager.directory}: {_first_line(error)}. "
                 "Earlier checkpoints are intact; the same command resumes from the newest of them"
@@ -266,7 +321,7 @@ class Checkpoints:
         """Reads the newest checkpoint, or, with a warning, the one before if it is damaged.
 
         Args:
-            template: a pytree like the one saved; its arrays give shapes, dtypes and devices.
+            template: a pytree like the one saved; its arrays give shapes, dtypes and shardings.
 
         Returns:
             The state and its progress, or None if there is no checkpoint.
@@ -277,12 +332,18 @@ class Checkpoints:
         """
         failures: list[tuple[int, Exception]] = []
         for number in sorted(self._manager.all_steps(), reverse=True):
+            restored = None
             try:
-                with _orbax_silent():
-                    restored = self._restore(number, template)
+                restored = self._restore(number, template)
             # Orbax and tensorstore raise errors of many classes for damaged files.
             except Exception as error:
+                self._fails()
+                if lost := processes.lost_process(error):
+                    raise lost from error
                 failures.append((number, error))
+            if not processes.all_say(restored is not None):
+                if restored is not None:
+                    failures.append((number, OSError("another process cannot read its part")))
                 continue
             for damaged, error in failures:
                 print(
@@ -301,55 +362,56 @@ class Checkpoints:
         return None
 
     def _restore(self, number: int, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        arrays = _named_arrays(template)
         restored = self._manager.restore(
             number,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(arrays), progress=ocp.args.JsonRestore()
+                state=ocp.args.StandardRestore(template), progress=ocp.args.JsonRestore()
             ),
         )
-        leaves, structure = jax.tree.flatten(template)
-        values = [
-            jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
-            if _is_key(leaf)
-            else value
-            for leaf, value in zip(leaves, (restored.state[name] for name in arrays), strict=True)
-        ]
-        return jax.tree.unflatten(structure, values), restored.progress
+        return restored.state, restored.progress
 
     def close(self) -> None:
-        """Releases what Orbax holds."""
-        self._manager.close()
+        """Waits for what is being written, and releases what Orbax holds.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        with self._silence, self._errors_in_words():
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # Closing waits for the other processes, which an error may have parted from this one.
+        if kind is None or not processes.several():
+            self.close()
 
 
 @contextlib.contextmanager
-def _orbax_silent() -> Iterator[None]:
+def _orbax_silent() -> Iterator[Callable[[], None]]:
     """Keeps Orbax and tensorstore from printing a traceback in each thread that meets an error.
 
-    The error is raised as well, and turned into one message.
+    The error is raised as well, at the latest by the next save, and turned into one message. Yields
+    a function to call then: what complains later of the same error is kept silent too.
     """
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    logger.addFilter(_refuse)
+    failed = []
 
     def without_aftermath(unraisable: Any) -> None:
         if not any(words in str(unraisable.exc_value) for words in _AFTERMATH):
             hook(unraisable)
 
+    logger.addFilter(_refuse)
     sys.unraisablehook = without_aftermath
     try:
-        yield
-        sys.unraisablehook = hook  # after an error the other one stays
-    except Exception:
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        raise
+        yield lambda: failed.append(True)
     finally:
         logger.removeFilter(_refuse)
+        if failed:
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        else:
+            sys.unraisablehook = hook
 
 
 def _refuse(record: logging.LogRecord) -> bool:
@@ -362,17 +424,3 @@ def _first_line(error: Exception) -> str:
     if len(line) > 200:  # tensorstore names paths first, and the reason last
         line = f"{line[:60]} ... {line[-135:]}"
     return f"{type(error).__name__}: {line}"
-
-
-def _is_key(leaf: jax.Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _named_arrays(tree: PyTree) -> dict[str, jax.Array]:
-    """The leaves in their order, under names that somebody looking into a checkpoint can read."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): (
-            jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }

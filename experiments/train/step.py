@@ -13,12 +13,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deq_jax import BackwardProbe
+from deq_jax import BackwardProbe, gather_params
 from deq_jax.models.sequence import Segment
+from deq_jax.partitioning import RULES, partition_specs
 from experiments.data import Batch
 from experiments.train import metrics, stability
 from experiments.train.config import TrainingConfig
 from experiments.train.metrics import Outcome, Totals, cross_entropy
+from experiments.train.processes import BATCH
 
 PyTree = Any
 
@@ -90,7 +92,7 @@ def make_train_step(
 
     def loss_of(params, probe, rest, memory, batch, step, limits):
         # A copy: otherwise the call would write tracers into the outer model.
-        model = nnx.merge(definition, params, rest, copy=True)
+        model = nnx.merge(definition, _whole(params, mesh), rest, copy=True)
         inputs = network_inputs(batch, memory, white)
         if phase is None:
             outcome = forward(config, model, inputs, batch.targets, probe)
@@ -128,7 +130,12 @@ def make_train_step(
         state = TrainState(params, rest, optimizer_state, state.step + 1, totals, outcome.memory)
         return state, outcome.loss
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(mesh))
+    out = (
+        None
+        if mesh is None
+        else (state_shardings(model, optimizer, mesh), NamedSharding(mesh, P()))
+    )
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out)
 
 
 def forward(
@@ -181,7 +188,7 @@ def make_evaluate_batch(
 
     def evaluate_batch(carry, params, rest, batch):
         totals, memory = carry
-        model = nnx.merge(definition, params, rest, copy=True)
+        model = nnx.merge(definition, _whole(params, mesh), rest, copy=True)
         inputs = network_inputs(batch, memory, white)
         _, _, logits, stats, memory = forward(config, model, inputs, batch.targets)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
@@ -191,7 +198,8 @@ def make_evaluate_batch(
         batch_totals = metrics.batch_totals(loss, correct, batch.counts, stats)
         return metrics.add(totals, batch_totals), memory
 
-    return jax.jit(evaluate_batch, donate_argnums=0, out_shardings=replicated(mesh))
+    out = None if mesh is None else (NamedSharding(mesh, P()), NamedSharding(mesh, BATCH))
+    return jax.jit(evaluate_batch, donate_argnums=0, out_shardings=out)
 
 
 def network_inputs(batch: Batch, memory: PyTree, white: int) -> jax.Array | Segment:
@@ -238,6 +246,33 @@ def definition_of(model: Any, phase: stability.Phase | None, *, training: bool) 
     return definition
 
 
-def replicated(mesh: Mesh | None) -> NamedSharding | None:
-    """The replicated sharding: every device holds the whole array."""
-    return None if mesh is None else NamedSharding(mesh, P())
+def state_shardings(
+    model: nnx.Module, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Where the state of a training is held: a sharding for each part of it, or each array.
+
+    Parameters are split over the axes `fsdp` and `tensor` as `deq_jax.partitioning.RULES` say. The
+    optimiser's moments are where their parameters are, and a memory is split like the batch.
+    """
+    whole = NamedSharding(mesh, P())
+    rules = {}
+    for axis in ("fsdp", "tensor"):
+        rules |= RULES[axis] if mesh.shape[axis] > 1 else {}
+    specs = nnx.as_pure(partition_specs(nnx.state(model, nnx.Param), mesh, rules))
+    params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    optimizer_state = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, split_model(model)[1]),
+        params,
+        transform_non_params=lambda _: whole,
+    )
+    memory = NamedSharding(mesh, BATCH)
+    shardings: Any = (params, whole, optimizer_state, whole, whole, memory)
+    return TrainState(*shardings)
+
+
+def _whole(params: PyTree, mesh: Mesh | None) -> PyTree:
+    """The parameters, gathered along `fsdp` once a step, and not wherever they are used."""
+    split = mesh is not None and mesh.shape["fsdp"] > 1
+    return gather_params(params, "fsdp") if split else params

@@ -42,7 +42,8 @@ def _as_the_scripts_run(standard_promotion):
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_once():
-    """See `compile_once`."""
+    """See `compile_once`. JAX makes its four devices before a command asks for fewer."""
+    jax.devices()
     with pytest.MonkeyPatch.context() as patch:
         compile_once(patch)
         yield

@@ -5,12 +5,12 @@ import os
 import shutil
 import sys
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments import prepare_data
+from experiments.data import Part
 from experiments.data.folders import ImageFolder
 from experiments.data.images import Digits, epoch_order, load_images, stratified_split
 from experiments.data.prepared import PreparedImages
@@ -281,18 +281,16 @@ def test_each_example_is_counted_once(more, size, multiple, expected):
     assert start == 53
 
 
-def test_processes_share_each_batch(opened, monkeypatch):
+def test_processes_share_each_batch(opened):
     for more in ({}, ON_DEMAND):
         dataset = opened(**more)
 
         def both(count, dataset=dataset):
             """The batches that each of `count` processes gets."""
-            monkeypatch.setattr(jax, "process_count", lambda: count)
-            for index in range(count):
-                monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+            for part in (Part(index, count) for index in range(count)):
                 yield (
-                    list(dataset.train_batches(12, seed=0, epoch=0, start=1)),
-                    list(dataset.evaluation_batches(20)),
+                    list(dataset.train_batches(12, seed=0, epoch=0, start=1, part=part)),
+                    list(dataset.evaluation_batches(20, part=part)),
                 )
 
         [alone] = both(1)

@@ -210,7 +210,7 @@ def test_batches_go_on_at_any_position():
 
 
 def test_a_non_finite_loss_ends_the_run_and_is_not_saved(tmp_path, without_figures):
-    flags = [*TINY, "--model=explicit", "--depth=1", "--optim.lr=1e30", "--run.save-every=0"]
+    flags = [*TINY, "--model=explicit", "--depth=1", "--optim.lr=1e30", "--run.save-every=1"]
     ended = run(script, *flags, f"--run.dir={tmp_path}")
     assert ended.code == 1
     assert "became NaN or infinite in epoch 1, step " in ended.complaint

@@ -182,7 +182,7 @@ def test_stopped_runs_end_with_the_same_bits(flags, text, tmp_path, monkeypatch)
     evaluation = read_run(tmp_path / "whole").dataset.evaluation_batches(3)
     # As many questions as a whole evaluation, which starts over, and a step need.
     questions = len(list(evaluation)) + 1
-    monkeypatch.setattr(loop, "GracefulStop", lambda: StopAfter(questions))
+    monkeypatch.setattr(loop, "graceful_stop", lambda: StopAfter(questions))
     codes = [130]
     while codes[-1] == 130:
         codes.append(run(script, *flags, f"--run.dir={tmp_path / 'stopped'}").code)

@@ -220,7 +220,7 @@ def test_all_of_it_resumes_bit_for_bit(tmp_path, monkeypatch):
     """In one go, and stopped at every boundary: also that between the phases."""
     flags = [*TINY, *ALL]
     assert run(script, *flags, f"--run.dir={tmp_path / 'whole'}").code == 0
-    monkeypatch.setattr(loop, "GracefulStop", lambda: StopAfter(1))
+    monkeypatch.setattr(loop, "graceful_stop", lambda: StopAfter(1))
     sessions, code = 0, 130
     while code == 130:
         code = run(script, *flags, f"--run.dir={tmp_path / 'stopped'}").code

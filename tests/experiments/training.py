@@ -9,14 +9,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from experiments.train import loop, metrics
 from experiments.train.config import Optim, RunOptions
 from experiments.train.loop import Progress
 from experiments.train.runs import Checkpoints, RunFolder
 from experiments.train.stability import evaluation_phase, training_phase
-from experiments.train.step import definition_of, initial_memory, initial_state
+from experiments.train.step import (
+    definition_of,
+    initial_memory,
+    initial_state,
+    state_shardings,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,7 @@ def leaves(tree) -> dict[str, tuple[Any, bytes]]:
 
 
 class StopAfter:
-    """In place of `GracefulStop`: a stop that is requested at the n-th question."""
+    """In place of `graceful_stop`: a stop that is requested at the n-th question."""
 
     exit_code = 130
 
@@ -116,16 +120,17 @@ class Parts:
 
     def __init__(self, script, *flags, folder="nowhere"):
         self.config = script.parse_arguments(command_line(*flags))
-        self.mesh = loop.device_mesh(self.config.devices)
+        self.mesh = loop.device_mesh(self.config)
         self.dataset, self.model = script.load(self.config, RunFolder(folder))
         self.steps_per_epoch = self.dataset.steps_per_epoch(self.config.batch_size)
         self.steps = self.config.epochs * self.steps_per_epoch
         self.optimizer = self.config.optim.optimizer(self.steps)
+        self.shardings = self.mesh and state_shardings(self.model, self.optimizer, self.mesh)
         self.state = self.place(initial_state(self.config, self.model, self.optimizer))
 
     def place(self, state):
         """A state of its own for a step, which uses it up, on the devices of the run."""
-        return loop.place(jax.tree.map(lambda leaf: leaf.copy(), state), self.mesh, P())
+        return loop.place(jax.tree.map(lambda leaf: leaf.copy(), state), self.shardings)
 
     def batches(self, epoch=0, start=0):
         size, seed = self.config.batch_size, self.config.seed
@@ -144,7 +149,7 @@ class Parts:
         )
         with self._meshed():
             limits = phase and phase.limits
-            return step(self.place(state), loop.place(batch, self.mesh, P("data")), limits)
+            return step(self.place(state), loop.place_batch(batch, self.mesh), limits)
 
     def evaluate(self, state, batches) -> dict[str, Any]:
         """The figures of an evaluation on some batches."""
@@ -154,10 +159,11 @@ class Parts:
         )
         size = self.config.eval_batch_size
         carry = metrics.zeros(forward=self.config.is_deq), initial_memory(self.model, size)
-        carry = loop.place(carry, self.mesh, P())
+        shardings = self.shardings
+        carry = loop.place(carry, shardings and (shardings.totals, shardings.memory))
         with self._meshed():
             for batch in batches:
-                batch = loop.place(batch, self.mesh, P("data"))
+                batch = loop.place_batch(batch, self.mesh)
                 carry = evaluate(carry, state.params, state.rest, batch)
         totals = jax.device_get(carry[0])
         record = metrics.loss_record(totals, name) | metrics.solve_record(totals, f"{name}_")
