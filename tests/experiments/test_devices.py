@@ -39,6 +39,21 @@ def one_and_two():
 
 
 @pytest.mark.slow
+def test_dropout_on_four_devices_is_that_on_one():
+    losses = {}
+    with jax.numpy_dtype_promotion("standard"):
+        for count in (1, 4):
+            options = (f"--devices={count}", "--network.dropout=0.5", "--batch-size=8")
+            solver = ("--solver.tol=1e-6", "--solver.max-iter=60", "--eval-batch-size=8")
+            parts = Parts(script, *TINY, *options, *solver)
+            state, losses[count] = parts.state, []
+            for batch in list(parts.batches())[:3]:
+                state, loss = parts.step(state, batch)
+                losses[count].append(float(loss))
+    np.testing.assert_allclose(losses[4], losses[1], rtol=1e-6)
+
+
+@pytest.mark.slow
 def test_two_devices_train_as_one_does(one_and_two):
     (_, single, single_losses), (parts, double, losses) = one_and_two
     np.testing.assert_allclose(losses, single_losses, rtol=1e-5)
