@@ -464,6 +464,49 @@ FAULTS = [
         "return jnp.where(sizes > 0, lax.map(",
         "test_multi_start.py",
     ),
+    # Several devices.
+    Fault(
+        "the state varies over an axis that f sums away",
+        "closure.py",
+        "    if communicates:\n",
+        "    if communicates and not own:\n        pass\n    elif False:\n",
+        "test_layouts.py",
+    ),
+    Fault(
+        "each shard takes the first rows of a draw",
+        "draws.py",
+        "lax.axis_index(axes) * length",
+        "0 * lax.axis_index(axes) * length",
+        "test_shard_axis.py",
+    ),
+    Fault(
+        "inner products of split samples are those of a part",
+        "tree.py",
+        "return vary_over(lax.psum(values, axes), frozenset(axes)) if axes else values",
+        "return values",
+        "test_layouts.py",
+    ),
+    Fault(
+        "under a mesh a state is reshaped",
+        "_compat.py",
+        "return any(mesh.shape[axis] > 1 for axis in mesh.auto_axes)",
+        "return False",
+        "test_layouts.py",
+    ),
+    Fault(
+        "parameters are not gathered",
+        "sharding.py",
+        "    given = iter(whole)\n    leaves = [next(given)",
+        "    given = iter(arrays)\n    leaves = [next(given)",
+        "test_layouts.py",
+    ),
+    Fault(
+        "nobody is told that the batch is sharded over another axis",
+        "sharding.py",
+        "    if not others or not leaves:",
+        "    if True:",
+        "test_shard_axis.py",
+    ),
 ]
 
 
