@@ -10,56 +10,64 @@ from deq_jax import checks, precision, sharding
 class Execution:
     """How a solve is carried out; the equation, its solution and its gradient stay the same.
 
-    Attributes:
-        shrink_to: finished samples leave, forwards and in the backward solve: once no more than
-            half of the batch is unfinished, the loop goes on with these alone, and so on down to
-            this many. The cost follows the mean number of evaluations instead of the largest
-            (`stats.evaluations` is the largest still); answers are the same up to the rounding of
-            products of another size. With None, finished samples never leave. A batch that is
-            already this small runs unchanged.
+    A trip is one pass through the loop of a solver.
 
-            For an f that treats samples independently, with all that belongs to a sample in z or
-            x: every leaf of x has the batch on axis 0 and is gathered; `params` and closures are
-            the same for all. A batch norm over the batch, or dropout drawn inside f, gives other
-            answers; f that sums over the batch or draws numbers for it is refused where its jaxpr
-            shows that, which loops, maxima and indexing hide. Each size is traced and compiled by
-            itself, forwards and backwards: about as much again for each as the loops take without,
-            and more for sizes below 8. A tenth of the batch is a good choice. `GMRES` and
-            `BiCGStab` as backward solvers do not shrink. Under `vmap` it is right but saves little.
-            With a batch sharded over devices, set `shard_axis` too, or samples move between them.
+    Attributes:
+        shrink_to: finished samples leave the batch, forwards and in the backward solve. Once no
+            more than half of the batch is unfinished, the loop goes on with these samples alone,
+            and so on down to this many. The cost then follows the mean number of evaluations and
+            not the largest (`stats.evaluations` is still the largest). Answers are the same up to
+            the rounding of products of another size. With None, finished samples never leave. A
+            batch that is already this small runs unchanged.
+
+            f must treat samples independently, and all that belongs to one sample must be in z or
+            x. Every leaf of x has the batch on axis 0 and is gathered; `params` and closures are
+            the same for all samples. A batch norm over the batch, or dropout drawn inside f, gives
+            other answers. An f that sums over the batch or draws numbers for it is refused where
+            its jaxpr shows that; loops, maxima and indexing can hide it.
+
+            Each size is traced and compiled by itself, forwards and backwards, which costs about as
+            much for each size as for the loops without `shrink_to`, and more for sizes below 8. A
+            tenth of the batch is a good choice. `GMRES` and `BiCGStab` as backward solvers do not
+            shrink. Under `vmap` the answers are right, but little is saved. With a batch sharded
+            over devices, set `shard_axis` too; otherwise samples move between them.
         shard_axis: name of the mesh axis over which the batch is sharded, or a tuple of names if it
-            is sharded over several. The solve runs in `jax.shard_map` over them: each shard is
-            solved on its own device and stops by itself, and no trip of a loop waits for another
-            device, forwards or backwards (`Unrolled` alone does wait). The mesh is that of
-            `jax.set_mesh`, or that of the sharding of a leaf of x or z0; its other axes stay
-            automatic. Every leaf of x and z is split on axis 0. `params` and closures are the same
-            on all shards: what is sharded over these axes is gathered once, before the loops, and
-            gradients are summed over the shards. Counts of evaluations and products, in `stats` and
-            probe, are those of the shard with the most. An f that mixes samples mixes those of a
-            shard, unless it uses collectives over the axes. Random numbers that f draws are those
-            that it draws on one device: each shard takes its rows of a draw for the whole batch.
-            A warning says if the batch is sharded over an axis that is not named. Reverse mode
-            only. Inside a `shard_map` over an axis, naming it changes nothing. With None there is
-            one loop for the whole batch, whose devices agree in each trip whether to go on.
+            is sharded over several. With None there is one loop for the whole batch, and its
+            devices agree in each trip whether to go on. With a name, the solve runs in
+            `jax.shard_map` over the axis: each device solves its shard of the batch and stops by
+            itself. No trip waits for the device of another shard, forwards or backwards; only with
+            `Unrolled` do they still agree in each trip. Reverse mode only.
+
+            The mesh is that of `jax.set_mesh`, or that of the sharding of a leaf of x or z0; its
+            other axes stay automatic. Every leaf of x and z is split on axis 0. `params` and
+            closures are the same on all shards: if they are sharded over these axes, they are
+            gathered once, before the loops. Gradients are summed over the shards. A warning says
+            if the batch is sharded over an axis that is not named. Inside a `shard_map` over an
+            axis, naming that axis changes nothing.
+
+            An f that mixes samples mixes those of a shard, unless it uses collectives over the
+            axes. Random numbers that f draws are those that it draws on one device: each shard
+            takes its rows of a draw for the whole batch. Counts of evaluations and products, in
+            `stats` and probe, are those of the shard with the most.
         state_axis: name of a mesh axis, or a tuple of names, of your own `shard_map` around the
             solve, along which devices hold parts of the same samples: blocks of features, or of a
-            sequence, which f exchanges by collectives. Norms, inner products, histories and stops
-            are then those of whole samples. Without it each device would measure its part alone.
-            Under `jit` leave it out: XLA knows how a state is sharded. `Dense` refuses it.
-        cell_dtype: real floating dtype in which f is evaluated: floating leaves of params, x and z
-            are cast to it (complex ones to complex64, or complex128 for float64; no others), what f
-            returns must have it and is cast back to the dtype of the state. Gradients reach params
-            and x in their own dtypes (`Phantom` and `Unrolled` add them up in this one first). What
-            f closes over is not cast. With None f is given everything as it is. docs/precision.md
+            sequence. f exchanges the parts by collectives. Norms, inner products, histories and
+            stops are then those of whole samples. Without it each device would measure its part
+            alone. Under `jit` leave it out: XLA knows how a state is sharded. `Dense` refuses it.
+        cell_dtype: real floating dtype in which f is evaluated. Floating leaves of params, x and z
+            are cast to it, and complex ones to complex64, or complex128 for float64. f must return
+            this dtype; its result is cast back to the dtype of the state. Gradients reach params
+            and x in their own dtypes (`Phantom` and `Unrolled` add them up in this one first).
+            Arrays that f closes over are not cast. With None nothing is cast. docs/precision.md
             says which tolerance half precision can reach.
-        state_dtype: real floating dtype of the state: `z0` or the zeros in its place are cast to
-            it, and the value, histories and the backward solve have it (residuals at least
+        state_dtype: real floating dtype of the state. `z0`, or the zeros in its place, are cast to
+            it. The value, histories and the backward solve have this dtype (residuals at least
             float32). With None the state has the dtype of `z0`.
-        check_every: evaluations between two looks at whether any sample is unfinished, forwards
-            and in a backward solve by a fixed-point solver. Over a sharded batch each look is an
-            agreement between all devices; k evaluations then need one. Up to k - 1 evaluations may
-            be made for nothing, and answers stay the same. A solver with `tol=0` never looks, and
-            always makes `max_iter` evaluations. `Unrolled` looks in each.
+        check_every: evaluations between two checks whether any sample is unfinished, forwards and
+            in a backward solve by a fixed-point solver. Over a sharded batch all devices agree at
+            each check, so larger values make fewer all-reduces. Up to `check_every - 1` evaluations
+            may be made for nothing; answers stay the same. A solver with `tol=0` never checks, and
+            always makes `max_iter` evaluations. `Unrolled` checks after each evaluation.
         progress: shows a tqdm meter while the solve runs, also inside `jax.jit`: evaluations, how
             many samples are unfinished, and the largest residual among them. An integer is the
             number of evaluations between two updates; True is 1. Each update is an ordered callback
@@ -67,12 +75,13 @@ class Execution:
             devices. For the forward solve only.
 
     Raises:
-        ValueError, TypeError: a field is out of its range; the message names it. In the solve, for
-            `shrink_to`: `batched=False`, `Unrolled`, an f that communicates over mesh axes, or
-            that fails on fewer samples, or is seen to mix them; a leaf of x without the batch. For
+        ValueError, TypeError: a field is out of its range; the message names it. In the solve, with
+            `shrink_to`: `batched=False`, `Unrolled`, an f that communicates over mesh axes, that
+            fails on fewer samples, or that is seen to mix them; a leaf of x without the batch. With
             `shard_axis`: no mesh with that axis, another axis of explicit type, `batched=False`, a
-            batch that it does not divide, a leaf of x without the batch, an f that draws random
-            numbers for each sample in a loop.
+            number of shards that does not divide the batch, a leaf of x without the batch, an f
+            that draws random numbers for each sample in a loop. With `state_axis`: no `shard_map`
+            over that axis around the solve.
     """
 
     shrink_to: int | None = None
