@@ -2,7 +2,7 @@
 
 With `jax.value_and_grad` inside `lax.scan` over a sharded batch, XLA sums the gradient over the
 devices in every trip of the scan. Here the scan runs inside `jax.shard_map`, where each device adds
-up its own gradients, and one all-reduce behind the scan sums them over the devices.
+up its own gradients, and one all-reduce after the scan sums them over the devices.
 """
 
 from collections.abc import Callable
@@ -25,40 +25,42 @@ def accumulate_gradients(
     shard_axis: str | tuple[str, ...] | None = None,
     has_aux: bool = False,
 ) -> Callable[..., tuple[Any, PyTree]]:
-    """A function of `params` and `batch` that is `jax.value_and_grad(loss)` in less memory.
+    """Computes what `jax.value_and_grad(loss)` does, in microbatches and so in less memory.
 
-    The batch is split into microbatches of equal size, and one after another passes through the
-    loss and its gradient. With losses ℓ of microbatches b and parameters p it returns
+    The batch is split into microbatches of equal size, which pass through the loss and its gradient
+    one after another. With losses ℓ of microbatches b and parameters p the result is
 
         1/n Σ ℓ(p, b)    and    1/n Σ ∂ℓ/∂p(p, b),
 
-    n being the number of microbatches on all devices. They are the loss and the gradient of the
-    whole batch where the loss is a mean over samples that do not depend on each other. Sums are
-    taken in float32, or wider if a leaf is. A batch norm has the statistics of a microbatch.
+    where n is the number of microbatches on all devices. They are the loss and the gradient of the
+    whole batch if the loss is a mean over samples that do not depend on each other. Sums are taken
+    in float32, or wider if a leaf is. A batch norm has the statistics of a microbatch.
 
         step = jax.jit(accumulate_gradients(loss, 4, shard_axis="data"))
         with jax.set_mesh(mesh):
             value, gradient = step(params, batch)
 
+    For random numbers, such as dropout, give each sample a key, as a leaf of the batch `[B]`. The
+    numbers are then those of the whole batch. A loss that draws for a microbatch at once can take
+    the first of its keys.
+
     Args:
         loss: `loss(params, microbatch, *shared)` is a scalar, the mean over the samples. With a
-            `shard_axis` it is called inside a `shard_map` over it: collectives and
-            `BatchNorm(axis_name=...)` may name it, and a layer with `Execution(shard_axis=...)`
-            solves as it would alone.
-        microbatches: how many a device makes of its part of the batch.
+            `shard_axis` it is called inside a `shard_map` over that axis: collectives and
+            `BatchNorm(axis_name=...)` may name the axis, and a layer whose
+            `Execution(shard_axis=...)` names it solves its samples as it would alone.
+        microbatches: how many microbatches each device makes of its part of the batch.
         shard_axis: the mesh axis over which the batch is sharded, or a tuple of names, as in
             `Execution`. Each device then sums the gradients of its own microbatches, and one
             all-reduce at the end of a step averages them, instead of one for each microbatch.
-        has_aux: the loss returns a pair `(value, aux)`, of which aux is a pytree of floating
-            arrays, like an accuracy or new batch statistics. Their means come back too.
+        has_aux: whether the loss returns a pair `(value, aux)`. `aux` is a pytree of floating
+            arrays, such as an accuracy or new batch statistics. Their means come back too.
 
     Returns:
-        A function of `params`; of `batch`, a pytree whose leaves have the batch on axis 0,
-        `[B, ...]`; and of whatever else the loss takes, batch statistics say. All but the batch is
-        the same on all devices and in all microbatches. It returns what
-        `jax.value_and_grad(loss, has_aux=has_aux)` returns. Random numbers: a key for each sample
-        is a leaf of the batch like any other, and gives the numbers that the whole batch would
-        have. A loss that draws for a microbatch at once can take the first of its keys.
+        A function `step(params, batch, *shared)` that returns what
+        `jax.value_and_grad(loss, has_aux=has_aux)` returns. `batch` is a pytree whose leaves have
+        the batch on axis 0, `[B, ...]`. `params` and `shared`, the other arguments of the loss
+        such as batch statistics, are the same on all devices and in all microbatches.
 
     Raises:
         ValueError, TypeError: an argument is out of its range. In the call: the batch is not a

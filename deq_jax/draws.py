@@ -1,10 +1,10 @@
-"""Random numbers that f draws for a batch, drawn in a shard of the batch as for all of it.
+"""Random numbers that f draws on a shard are those that it draws on one device.
 
-On a shard f is called with fewer samples, so that from the same key it would draw the same numbers
-on every shard, and others than on one device. Here each draw for the samples of a shard becomes its
-rows of the draw for the whole batch. Which draws these are follows from two traces, one for the
-shard and one for as many samples as the whole batch has: a draw whose shape grows is made for each
-sample, all others are the same for all samples.
+On a shard f has fewer samples. From one key it would draw the same numbers on every shard, and
+other numbers than on one device. Here each draw for the samples of a shard becomes the shard's rows
+of the draw for the whole batch. Two traces of f show which draws these are, one for the shard and
+one for as many samples as the whole batch has: a draw whose shape grows is made for each sample,
+and all other draws are the same for all samples.
 
 Known to be non-optimal: each shard draws the numbers of the whole batch.
 """
@@ -21,30 +21,33 @@ from deq_jax import _compat, tree
 PyTree = Any
 
 _DRAWS = frozenset({"random_bits", "random_split", "random_gamma"})
-"""Primitives that make many random numbers, or keys, from a key: `[*shape of keys, *shape]`."""
+"""Primitives that draw numbers or keys of a shape from keys: `[*shape of keys, *shape]`."""
 
 _CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"})
 """Primitives that call a jaxpr once and have no derivative rule of their own."""
 
 
 def repeated(samples: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """A batch as large as that of all shards together, made of the samples of one shard."""
+    """The samples of one shard, repeated until they are as many as those of all shards."""
     return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * _count(axes)), samples)
 
 
 def as_on_one_device(
     function: Callable[..., PyTree], widen: Callable[..., tuple[Any, ...]], axes: tuple[str, ...]
 ) -> Callable[..., PyTree]:
-    """`function` on a shard of the batch, which draws what it would draw on the whole batch.
+    """`function` on a shard of the batch, with the random numbers of the whole batch.
 
     Args:
         function: a function of pytrees of arrays.
-        widen: makes its arguments for the whole batch out of those for a shard.
+        widen: makes arguments of `function` for the whole batch out of those for a shard.
         axes: the mesh axes over which the batch is split.
 
+    Returns:
+        A function with the same arguments and results, to be called on a shard.
+
     Raises:
-        ValueError: it draws numbers for each sample in a loop, a branch or a custom derivative, or
-            makes other draws for the whole batch than for a shard.
+        ValueError: in the call: `function` draws numbers for each sample in a loop, a branch or a
+            custom derivative, or makes other draws for the whole batch than for a shard.
     """
 
     def drawn(*args: PyTree) -> PyTree:
@@ -80,7 +83,7 @@ def _count(axes: tuple[str, ...]) -> int:
 
 
 def draw_shapes(jaxpr: Any) -> list[tuple[int, ...]]:
-    """What each key is made into by the draws of a jaxpr, in order."""
+    """The shapes that the draws of a jaxpr draw from each key, in order."""
     found = _compat.all_equations(jaxpr)
     return [_drawn_shape(equation) for equation in found if equation.primitive.name in _DRAWS]
 

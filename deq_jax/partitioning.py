@@ -1,8 +1,8 @@
 """How the parameters of cells and models are laid out over the devices of a mesh.
 
-A parameter of a cell says what its axes are, in names that T5X and MaxText use too; `RULES` says
-over which axes of a mesh they are sharded, for each kind of parallelism; `partition_specs` puts
-the two together. A layout is a choice of the program and not of the model:
+The metadata of a parameter name its axes, in words that T5X and MaxText use too. `RULES` say over
+which axes of a mesh an axis with such a name is sharded, for each kind of parallelism.
+`partition_specs` applies rules to a model, which need not change for them:
 
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     rules = RULES["fsdp"] | RULES["tensor"]
@@ -19,9 +19,9 @@ the two together. A layout is a choice of the program and not of the model:
 | `classes` | classes of an image classifier |
 | `channels` | channels of images |
 | `inner_channels` | channels inside the branch of a residual cell |
-| `gates` | the gates of all channels of a recurrent cell, one behind the other |
+| `gates` | the gates of all channels of a recurrent cell, concatenated |
 
-Activations have two more: `batch` and `length`, the positions of a sequence.
+Activations have two more names: `batch`, and `length`, the positions of a sequence.
 """
 
 import math
@@ -34,12 +34,12 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 PyTree = Any
 MeshAxes = str | tuple[str, ...]
-"""An axis of a mesh, or several whose product an axis of an array is sharded over."""
+"""An axis of a mesh, or several over which one axis of an array is sharded."""
 Rules = Mapping[str, MeshAxes | None]
-"""Axes of the mesh by the name of an array's axis; None for an axis that stays whole."""
+"""From names of axes of arrays to axes of the mesh; None for an axis that stays whole."""
 
 ANY = "*"
-"""In rules: any named axis of an array that its other rules leave whole."""
+"""In rules: a named axis that the other rules leave whole; see `partition_spec`."""
 
 _BATCH = ("data", "fsdp")
 
@@ -58,18 +58,20 @@ RULES: dict[str, dict[str, MeshAxes | None]] = {
     },
     "sequence": {"length": "sequence"},
 }
-"""Rules for one kind of parallelism each, to be joined by `|` in any order.
+"""Rules for one kind of parallelism each, to be joined by `|`.
 
-- `replicated`: all is whole. It has all names, and stands first where it is joined to others.
-- `data`: each device group has samples of its own, and all parameters.
-- `fsdp`: likewise, and each parameter is sharded over the group too. It is gathered where it is
-  used, and its optimiser's state never is.
+The order does not matter, except that `replicated` must come first.
+
+- `replicated`: all arrays are whole. It maps every name to None.
+- `data`: each device has samples of its own, and all parameters.
+- `fsdp`: each device has samples of its own, and a part of each parameter and of the optimiser's
+  state. XLA gathers a parameter, or exchanges activations instead, where the parameter is used;
+  `gather_params` gathers parameters once a step.
 - `tensor`: each device has some attention heads and some channels of each feed-forward block, as
   in Megatron-LM. Each block ends with one all-reduce.
 - `sequence`: each device has some positions of each sequence. Parameters are whole.
 
-A mesh without one of the axes `data`, `fsdp`, `tensor` and `sequence` is as if it had one device
-along it.
+If a mesh lacks one of the axes `data`, `fsdp`, `tensor` and `sequence`, rules for it do nothing.
 """
 
 
@@ -80,15 +82,15 @@ def logical_axes(*names: str | None) -> dict[str, Any]:
 
         nnx.Linear(8, 32, kernel_metadata=logical_axes("embed", "mlp"), rngs=rngs)
 
-    Flax's own functions read it, `nnx.get_partition_spec` for one. The names are no axes of a mesh,
-    so variables are not sharded where they are made, as Flax does by default under `jax.set_mesh`.
-    One function of Flax 0.12 has to be told of that: `nnx.eval_shape`, under `jax.set_mesh` with a
-    mesh of type `AxisType.Auto`, wants a rule for each name,
+    Flax's own functions, such as `nnx.get_partition_spec`, read this metadata. The names are not
+    axes of a mesh, so variables are not sharded when they are created, which Flax otherwise does
+    under `jax.set_mesh`. One function of Flax 0.12 needs a rule for each name: `nnx.eval_shape`
+    under `jax.set_mesh` with a mesh of type `AxisType.Auto`,
 
         with nnx.logical_axis_rules(tuple(RULES["replicated"].items())):
             abstract = nnx.eval_shape(build_model)
 
-    `jax.eval_shape(lambda: nnx.split(build_model())[1])` needs none.
+    `jax.eval_shape(lambda: nnx.split(build_model())[1])` needs no rules.
 
     Args:
         *names: one for each axis of the array.
@@ -102,30 +104,28 @@ def partition_spec(
     rules: Rules,
     shape: Sequence[int] | None = None,
 ) -> PartitionSpec:
-    """Over which axes of the mesh an array with named axes is sharded.
+    """The axes of the mesh over which an array with named axes is sharded.
 
-    Each axis goes by the rule for its name. Then a rule for `ANY`, the one in `RULES["fsdp"]`, goes
-    to the longest of the named axes that are left, unless its mesh axis is in use by then. An axis
-    of the array stays whole
+    Each axis of the array follows the rule for its name. A name without a rule that is an axis of
+    the mesh stands for that axis. Then a rule for `ANY`, as in `RULES["fsdp"]`, applies to the
+    longest named axis that is still whole and can be divided. An axis stays whole if
 
-    - if it has no name, or its name has no rule or the rule None,
-    - if the mesh has no such axes: a rule for several takes those that there are,
-    - if the number of devices along them does not divide its length,
-    - or if an axis before it is sharded over one of them.
-
-    A name without a rule that is an axis of the mesh stands for that axis.
+    - it has no name, or its name has no rule or the rule None,
+    - the mesh has none of the axes in the rule (a rule for several uses those that the mesh has),
+    - the number of devices along these does not divide its length, or
+    - another axis of the array is sharded over one of them already.
 
         partition_spec(("batch", "length"), mesh, RULES["data"] | RULES["sequence"])  # of tokens
 
     Args:
-        names: of the array's axes; None where an axis has no name.
+        names: a name for each axis of the array; None for an axis without one.
         mesh: the mesh.
         rules: entries of `RULES`, joined by `|`, or your own.
-        shape: of the array; None where all lengths are known to be divisible.
+        shape: shape of the array. With None all lengths count as divisible.
 
     Raises:
         TypeError: `rules` is not a mapping of names to mesh axes.
-        ValueError: `names` are not as many as the array has axes.
+        ValueError: there are more or fewer names than axes.
     """
     _check_rules(rules)
     if shape is not None and len(names) != len(shape):
@@ -159,20 +159,20 @@ def partition_specs(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules) -> Py
     """`partition_spec` of each variable, by the names that its metadata gives to its axes.
 
     Variables without names have `PartitionSpec()`: they are whole on each device. In the cells and
-    models of this library these are biases, norms and what is not a parameter. Where the axes of
-    a parameter cannot be divided by the mesh, it is whole too, see `partition_spec`.
+    models of this library these are biases, scales of norms, and variables that are not parameters.
+    An axis that the mesh cannot divide stays whole too, see `partition_spec`.
 
     Args:
-        tree: a module; its state, as `nnx.state` or `nnx.split` returns it, of arrays or of
-            `jax.ShapeDtypeStruct`; or a pytree with such states in it, as an optimiser of Optax
-            makes it from a state.
+        tree: a module; or its state, as `nnx.state` or `nnx.split` returns it, of arrays or of
+            `jax.ShapeDtypeStruct`; or a pytree that contains such states, such as the state that an
+            optimiser of Optax makes from them.
         mesh: the mesh.
         rules: entries of `RULES`, joined by `|`, or your own.
 
     Returns:
         A tree like the state, with a PartitionSpec in the place of each array. Under
         `jax.set_mesh(mesh)`, `jax.device_put`, `jax.jit` and `jax.lax.with_sharding_constraint`
-        take it as it is. For states without variables, `nnx.as_pure` takes these off it too.
+        accept it. `nnx.as_pure` removes the variables from it, for a state of plain arrays.
 
     Raises:
         TypeError: `rules` is not a mapping of names to mesh axes.

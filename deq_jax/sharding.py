@@ -1,9 +1,10 @@
-"""A solve for each shard of the batch: one loop a device, and no device waits for another.
+"""A solve for each shard of the batch: each shard has its own loop and waits for no other.
 
-Plain `jit` over a sharded batch has one loop for all of it, and each trip asks all devices whether
-any sample is left. Here the solve runs in `jax.shard_map` over the batch's mesh axis instead. What
-all shards share goes in replicated, and is made to vary over the axis at once, so that its
-cotangent is summed over the shards at one place, behind all loops.
+Plain `jit` over a sharded batch has one loop for all of it, and in each trip (a pass through the
+loop) all devices agree whether any sample is unfinished. Here the solve runs in `jax.shard_map`
+over the mesh axes of the batch instead. Arrays that all shards share enter it replicated, and are
+made to vary over the axes before the solve, so that their cotangents are summed over the shards
+once, after all loops.
 """
 
 import dataclasses
@@ -29,15 +30,15 @@ PyTree = Any
 def solution_specs(
     f: Closure, z0: PyTree, shapes: Solution, *, batched: bool, trace: bool, products: bool
 ) -> Solution:
-    """Partition specs of a solution on a mesh with explicit axes: the batch is sharded as it was.
+    """Partition specs of a solution on a mesh with explicit axes: the batch is sharded as in z0.
 
     Args:
         f: the equation.
         z0: the start.
-        shapes: of the parts that f and its user make: shapes of `aux` and `stats.fold`.
-        batched: axis 0 is the batch.
-        trace: the solver keeps a trace.
-        products: the solver counts products.
+        shapes: a solution of shapes, of which `samples`, `aux` and `stats.fold` are read.
+        batched: whether axis 0 is the batch.
+        trace: whether the solver keeps a trace.
+        products: whether the solver counts products.
     """
     own = [a for a, mine in zip(f.arrays, f.program.per_sample, strict=True) if mine]
     specs = [jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves((z0, own))]
@@ -66,14 +67,14 @@ def solution_specs(
 
 
 def as_axes(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The axes that a field names: one, several or none."""
+    """The mesh axes that an option names, as a tuple: one, several or none."""
     if value is None:
         return ()
     return (value,) if isinstance(value, str) else value
 
 
 def check_axes(owner: object, name: str) -> None:
-    """Raises a TypeError unless field `name` of `owner` names a mesh axis, or several or none."""
+    """Raises a TypeError unless field `name` of `owner` names one, several or no mesh axes."""
     value = getattr(owner, name)
     many = isinstance(value, tuple) and len(value) == len(set(value)) > 0
     if value is None or isinstance(value, str) or (many and all(isinstance(v, str) for v in value)):
@@ -87,16 +88,16 @@ def check_axes(owner: object, name: str) -> None:
 def find_mesh(
     axes: tuple[str, ...], x: PyTree, z0: PyTree, batched: bool
 ) -> tuple[AbstractMesh | None, tuple[str, ...]]:
-    """The mesh over whose axes `axes` the solve is to be split.
+    """The mesh over whose axes `axes` the solve is split.
 
-    It is the mesh of the context (`jax.set_mesh`) or that of the sharding of a leaf of x or z0.
+    This is the mesh of the context (`jax.set_mesh`), or that of the sharding of a leaf of x or z0.
 
     Returns:
-        The mesh, and those of the axes over which this is not inside a `shard_map` already. None
-        and no axes where there is nothing to split.
+        The mesh, and those of `axes` that no surrounding `shard_map` has split already. If none are
+        left, None and no axes.
 
     Raises:
-        ValueError: there is no such axis, the batch cannot be split over them, or another axis of
+        ValueError: no mesh has these axes, the batch cannot be split over them, or another axis of
             the mesh is of JAX's explicit type.
     """
     context = jax.sharding.get_abstract_mesh()
@@ -124,7 +125,7 @@ def find_mesh(
 
 
 def _warn_of_other_axes(axes: tuple[str, ...], mesh: AbstractMesh, x: PyTree) -> None:
-    """Warns if the batch turns out to be sharded over axes of the mesh that are not named."""
+    """Warns if XLA shards the batch over axes of the mesh that are not named."""
     others = {axis for axis, size in mesh.shape.items() if size > 1}
     others -= {*axes, *_compat.manual_axes()}
     leaves = jax.tree.leaves(x)
@@ -163,16 +164,16 @@ def check_batch(why: str, x: PyTree, batch: int) -> None:
 
 
 def gather_params(params: PyTree, axis: str | tuple[str, ...]) -> PyTree:
-    """The parameters, whole along a mesh axis over which they are sharded to save memory (FSDP).
+    """Gathers parameters that are sharded over a mesh axis to save memory (FSDP).
 
-    Where batch and parameters are sharded over the same axis, XLA gathers the parameters at each
-    use: in each trip of a solve. Gathered before, they are sent once a step. The cotangents of what
-    is returned come back sharded as `params` are. A sharding over other axes stays, as tensor
-    parallelism needs it. It costs the memory of the whole parameters between the forward and the
-    backward pass, which the layer needs anyway for those of its cell.
+    If batch and parameters are sharded over the same axis, XLA exchanges weights or activations
+    wherever the parameters are used: in each trip of a solve. If the parameters are gathered
+    before, they are sent once a step. Their cotangents come back sharded as `params` are. A
+    sharding over other axes, as for tensor parallelism, stays. The whole parameters stay in memory
+    between the forward and the backward pass, as the layer needs those of its cell anyway.
 
     Args:
-        params: a pytree; what is no array stays as it is.
+        params: a pytree. Leaves that are not arrays stay as they are.
         axis: the name of the mesh axis, or a tuple of names.
 
     Returns:
@@ -237,9 +238,8 @@ def solve_shards(
     """`solve(*arguments)` for each shard of the batch by itself.
 
     Args:
-        solve: solves for a batch, given f, params, x, z0, solver and policies, and the probe;
-            hashable.
-        arguments: these.
+        solve: a hashable function that solves for a batch.
+        arguments: its arguments: f, params, x, z0, the solver with its policies, and the probe.
         axes: the mesh axes.
         mesh: their mesh, from `find_mesh`.
 
@@ -249,7 +249,7 @@ def solve_shards(
     """
     if arguments[0].is_certain:
         return _over_shards_compiled(solve, axes, mesh, *arguments)
-    # Nothing is kept of an f that holds arrays.
+    # For an f whose contents cannot be compared, a compiled solve is not kept for the next call.
     return jax.jit(functools.partial(_over_shards, solve, axes, mesh))(*arguments)
 
 
@@ -286,9 +286,9 @@ def map_shards(
     out_specs: PyTree,
     varies: Callable[[Any], bool] | None = None,
 ) -> Callable[..., PyTree]:
-    """`local(params, *batched)` on each shard; only `axes` are manual, all others automatic.
+    """`local(params, *batched)` on each shard. `axes` are manual, all other axes automatic.
 
-    A shard makes those leaves of `params` its own that `varies` says, by their dtypes.
+    Leaves of `params` for whose dtype `varies` returns True are made to vary over `axes`.
     """
     vary = functools.partial(_vary, axes=axes, varies=varies or _is_own)
 
@@ -317,7 +317,7 @@ def _vary(leaf: Any, axes: tuple[str, ...], varies: Callable[[Any], bool]) -> An
 
 
 def _is_own(kind: Any) -> bool:
-    """What a shard makes its own: arrays whose cotangents are to be summed, and random keys."""
+    """Whether arrays of a dtype vary over the shards: random keys, and those with cotangents."""
     return jnp.issubdtype(kind, jnp.inexact) or _is_key(kind)
 
 
@@ -334,7 +334,7 @@ def _with_counts(solution: Solution, change: Callable[[jax.Array], jax.Array]) -
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _one_each(count: jax.Array, shards: int) -> jax.Array:
-    """A count for each shard, `[shards]`, whose cotangent is the largest of theirs, not the sum."""
+    """A count for each shard, `[shards]`; its cotangent is the largest of theirs, not the sum."""
     return jnp.broadcast_to(count, (shards,))
 
 
@@ -351,18 +351,20 @@ def call_on_shards(
     axes: tuple[str, ...],
     mesh: AbstractMesh,
 ) -> PyTree:
-    """`function(shared, *batched)`, called on each shard of the batch and put together.
+    """Calls `function(shared, *batched)` on each shard of the batch and joins the results.
 
-    The function draws the random numbers that it draws for the whole batch. Of what it returns,
+    Random numbers are those that the function draws for the whole batch. Leaves of its results are
+    joined by these rules:
 
-    - a leaf of `shared` that it passes on comes back as it is;
-    - a leaf that would grow with the batch has samples on some axis, and is sharded on it;
-    - a leaf that all shards agree on, because collectives made it the same, comes back once;
-    - of any other leaf the mean over the shards comes back, or the largest if it is of integers.
+    - A leaf of `shared` that the function returns unchanged comes back as it is.
+    - A leaf that grows with the batch has an axis of samples, and is sharded on this axis.
+    - A leaf that collectives made the same on all shards comes back once.
+    - Of other floating leaves the mean over the shards comes back.
+    - Of other integers, booleans and random keys the largest comes back.
 
     Args:
         function: a function of pytrees of arrays.
-        shared: what is the same on all shards.
+        shared: a pytree that is the same on all shards.
         batched: pytrees with the batch on axis 0 of each leaf.
         axes: the mesh axes.
         mesh: their mesh, from `find_mesh`.
@@ -386,7 +388,7 @@ def _call_on_shards(
     shared: PyTree,
     batched: tuple[PyTree, ...],
 ) -> tuple[list[jax.Array], Static]:
-    """The new leaves, the structure of the result, and for each leaf its place in `shared`."""
+    """The new leaves; the structure of the result, and the place of each leaf in `shared`."""
 
     def made(held: Held, shared: PyTree, *batched: PyTree) -> tuple[list[jax.Array], Static]:
         leaves, structure = jax.tree.flatten(held.value(shared, *batched))
@@ -417,8 +419,8 @@ def _call_on_shards(
         return ()
 
     arguments = (held, shared), *batched
-    # What is the same on all shards stays so in JAX's types, unless f has a loop whose carry starts
-    # from it and is mixed with the samples.
+    # In JAX's types `shared` stays the same on all shards. If that fails, the function has a loop
+    # whose carry starts from `shared` and is mixed with samples; then it varies over the shards.
     for varies in (_is_key, _is_own):
         try:
             jax.eval_shape(lambda: map_shards(look, axes, mesh, P(), varies)(*arguments))  # noqa: B023

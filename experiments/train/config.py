@@ -1,8 +1,8 @@
 """Settings of the training commands: dataclasses that become the command line.
 
-Solvers, gradient policies and penalties are the library's own dataclasses. A setting that is one of
-several of them is a choice, `solver:picard`, whose fields are then flags, `--solver.damping 0.5`.
-Their range checks are those of the library.
+Solvers, gradient policies and penalties are the library's own dataclasses, with the library's range
+checks. `solver:picard` chooses one of several, and its fields are flags, such as
+`--solver.damping 0.5`.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ def choice(name: str, default: Any) -> Any:
 
 
 def group(kind: Any) -> Any:
-    """Settings with a heading of their own in the help, and nothing but them below it."""
+    """Settings with a heading of their own in the help, and no description below it."""
     return Annotated[kind, tyro.conf.arg(help=" ")]
 
 
@@ -178,7 +178,7 @@ class Stability(Settings):
 
     Attributes:
         jacobian: penalty on the size of the cell's Jacobian. Weight 0 switches it off.
-        normalization: of the cell's kernels, once a step.
+        normalization: how the cell's kernels are normalised, once a step.
         correction_states: number of solver states in the loss. The last is the equilibrium; earlier
             ones get one-step gradients.
         correction_gamma: weight of a state relative to the one after it.
@@ -189,12 +189,12 @@ class Stability(Settings):
         pretrain_steps: number of first steps that are trained by backpropagation through a stack of
             cells, before the solver takes over.
         pretrain_depth: cells in that stack.
-        budget_drop: the solver's max_iter is lowered in each step, at random by at most this much.
-            Each budget is compiled once.
-        first_tol: tolerance of the first stage of training, from which it falls geometrically to
-            that of the solver. None: one tolerance.
-        tol_stages: stages of equal length in which it falls.
-        eval_max_iter: budget of the solver in evaluation. None: that of training.
+        budget_drop: in each step the solver's max_iter is lowered at random by at most this much.
+            Each value of max_iter is compiled once.
+        first_tol: tolerance of the first stage of training, from which the tolerance falls
+            geometrically to that of the solver. With None it is constant.
+        tol_stages: number of stages of equal length in which the tolerance falls.
+        eval_max_iter: the solver's max_iter in evaluation. With None it is that of training.
     """
 
     prefix = "stability."
@@ -215,16 +215,16 @@ class Stability(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions(Settings):
-    """The folder of a run, and what is shown of it.
+    """The folder of a run, and what the run shows.
 
     Attributes:
-        dir: folder of the run. None: one in runs/.
-        fresh: delete the run that is there.
-        elastic: go on with another number of devices or processes.
+        dir: folder of the run, which all processes must share. With None a folder in runs/.
+        fresh: delete the run that is in the folder, and start again.
+        elastic: allow a run to go on with other --devices, --fsdp, --tensor or processes.
         save_every: steps between two checkpoints. The end of an epoch is always saved.
         tensorboard: write TensorBoard events too.
         progress: show progress bars.
-        warn_below: share of converged solves to warn at.
+        warn_below: warn if a smaller share of the solves converges.
     """
 
     prefix = "run."
@@ -243,8 +243,9 @@ class Processes(Settings):
     """The processes of a run on several machines; see docs/scaling.md.
 
     Attributes:
-        coordinator: HOST:PORT of process 0; auto: jax.distributed finds out; off: one process.
-            None: auto if SLURM or Open MPI started several tasks.
+        coordinator: HOST:PORT of process 0; or auto: jax.distributed finds address, count and
+            index; or off: this process is alone. With None, auto if SLURM or Open MPI started
+            several tasks, otherwise off.
         count: number of processes.
         index: number of this process, from 0.
         lost_after: seconds without a sign of life after which a process counts as lost.
@@ -260,23 +261,24 @@ class Processes(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(Settings):
-    """What all training commands have in common.
+    """Settings that all training commands have in common.
 
     Attributes:
-        depth: cells of a control.
+        depth: number of cells in a control, a network without a solver.
         epochs: passes over the training data.
-        batch_size: examples in a step.
-        eval_batch_size: examples evaluated at once.
+        batch_size: examples in a step, of all devices together.
+        eval_batch_size: examples evaluated at once, on all devices together.
         eval_every: epochs between evaluations.
-        seed: seed of weights, order and dropout.
-        devices: number of devices, of all processes together: data x fsdp x tensor.
-        fsdp: split parameters and optimizer state over so many of those that share a batch.
-        tensor: split the features inside the network over so many devices.
+        seed: seed of weights, order of the examples and dropout.
+        devices: number of devices of all processes together, a multiple of fsdp times tensor.
+        fsdp: number of devices over which parameters and the optimizer's state are split. They also
+            split the batch.
+        tensor: number of devices over which attention heads and feed-forward channels are split.
         precision: float32; mixed (cell in bfloat16); bfloat16 (state too).
         shrink_to: remove finished samples from the solve until this many are left.
         solver: how the equilibrium is found.
         gradient: how gradients pass through it.
-        backward: solver of gradient:implicit; same as forwards.
+        backward: solver of the backward pass, for gradient:implicit. With same, that of solver:.
         stability: penalties and phases, see docs/stability.md.
     """
 

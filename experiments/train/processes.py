@@ -1,8 +1,8 @@
 """The processes and devices of a run: how they start, share a batch, wait, stop and end.
 
-A run on several machines is the same command in a process on each of them. `jax.distributed`
-connects the processes, and each of them sees the devices of all. What is done once for the run,
-such as printing and writing its files, process 0 does.
+A run on several machines is the same command in several processes: one on each machine, or one for
+each GPU. `jax.distributed` connects them, and each process sees the devices of all. Process 0 does
+what is done once for the run, such as printing and writing its files.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _LOST = re.compile(
     "connection (closed|reset|refused)",
     re.IGNORECASE,
 )
-"""Words in the errors that JAX raises where another process does not answer."""
+"""Words in the errors that JAX raises if another process does not answer."""
 
 # ------------------------------------------------------------------------------------------- start
 
@@ -45,8 +45,8 @@ def start(config: TrainingConfig) -> None:
     """Connects the processes of a run. Must be called before JAX is first used.
 
     There are several processes if the flags `--processes` say so, or else if SLURM or Open MPI
-    started several tasks. Does nothing in a process that is alone, except that on a CPU it makes
-    as many virtual devices as are asked for.
+    started several tasks. In a process that is alone it only makes as many virtual CPU devices as
+    `--devices` asks for.
 
     Raises:
         UsageError: JAX cannot find the other processes, or the devices are not shared equally.
@@ -62,7 +62,7 @@ def start(config: TrainingConfig) -> None:
             f"{config.devices}"
         )
     if config.devices > 1:
-        with contextlib.suppress(RuntimeError):  # in use already: take what there is
+        with contextlib.suppress(RuntimeError):  # JAX is in use already and has its devices
             jax.config.update("jax_num_cpu_devices", config.devices // count)
     if found == "off" or jax.distributed.is_initialized():
         return
@@ -94,7 +94,7 @@ def start(config: TrainingConfig) -> None:
 
 
 def _scheduled_tasks() -> int:
-    """Processes that SLURM or Open MPI has started this one with, itself included."""
+    """How many processes SLURM or Open MPI started together, this one included."""
     tasks = os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
     if "SLURM_STEP_NODELIST" in os.environ:  # absent in a batch script, which is one process
         tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", tasks))
@@ -118,8 +118,7 @@ def device_mesh(config: TrainingConfig) -> Mesh | None:
     """A mesh `data x fsdp x tensor` of the run's devices; None for a single device.
 
     Raises:
-        UsageError: there are not so many devices, or not all of those of the processes are asked
-            for; the message names the flag.
+        UsageError: `--devices` is more than there are, or with several processes not all of them.
     """
     count = config.devices
     if count == 1 and not several():
@@ -157,7 +156,7 @@ def own_part(mesh: Mesh | None) -> Part:
 
 
 def place_batch(part: PyTree, mesh: Mesh | None) -> PyTree:
-    """A batch on the devices of the mesh, split on axis 0, from each process's part of it."""
+    """A batch on the devices of the mesh, split on axis 0, made of each process's part of it."""
     if mesh is None:
         return part
     sharding = NamedSharding(mesh, BATCH)
@@ -168,11 +167,11 @@ def place_batch(part: PyTree, mesh: Mesh | None) -> PyTree:
 
 
 def place(values: PyTree, shardings: PyTree) -> PyTree:
-    """Arrays that every process has whole, on the devices of the mesh.
+    """Puts arrays that every process has whole on the devices of the mesh.
 
     Args:
         values: the arrays.
-        shardings: a sharding for each subtree of them; None where there is one device.
+        shardings: a sharding for each subtree of them. With None, for one device, they stay.
     """
     if shardings is None:
         return values
@@ -183,7 +182,7 @@ def place(values: PyTree, shardings: PyTree) -> PyTree:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = placed(jax.random.key_data(leaf), sharding)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-        # A copy: the array may keep the memory that it is given, and a step may write there.
+        # A copy, because the new array may use the memory of the old, and a step may write there.
         whole = np.array(leaf)
         return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
 
@@ -191,7 +190,7 @@ def place(values: PyTree, shardings: PyTree) -> PyTree:
 
 
 def gathered(values: PyTree) -> PyTree:
-    """Arrays that may be spread over devices and processes, whole on one device of each process."""
+    """Gathers arrays from devices and processes: whole, on one device of each process."""
 
     def whole(leaf: jax.Array) -> jax.Array:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -208,23 +207,23 @@ def gathered(values: PyTree) -> PyTree:
 
 
 def wait_for_all(place: str) -> None:
-    """Returns once every process has come to this place, which has a name of its own."""
+    """Returns when every process has called this with the same `place`, a unique name."""
     if several():
         multihost_utils.sync_global_devices(place)
 
 
 def all_say(yes: bool) -> bool:
-    """Whether every process says yes. All of them must ask."""
+    """Whether `yes` is true in every process. All of them must call this."""
     if not several():
         return yes
     return bool(np.all(multihost_utils.process_allgather(np.array(yes))))
 
 
 class Stop:
-    """Whether somebody asked the run to stop, and with which signal.
+    """Whether a signal asked the run to stop, and which one.
 
-    Several processes ask in the same order, each before every step. All of them get the same
-    answer to the same question.
+    Every process must call `requested` before each step. In the same step all of them get the same
+    answer.
 
     Attributes:
         signal: the signal that this process received, or None.
@@ -243,19 +242,19 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process ended by the signal: 130 for SIGINT, 143 for SIGTERM.
+        """The exit code of a process ended by the signal: 130 for SIGINT, 143 for SIGTERM.
 
-        A process that stops because another one was asked to returns 143.
+        A process that received no signal, but stops because another one did, returns 143.
         """
         return 128 + (self.signal or signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def graceful_stop() -> Iterator[Stop]:
-    """While entered, the first SIGINT or SIGTERM is only noted; the second one kills.
+    """While entered, the first SIGINT or SIGTERM only asks to stop; the second kills the process.
 
-    With several processes JAX itself notes SIGTERM, tells the others, and finds a step at which
-    all can stop. A SIGINT becomes a SIGTERM.
+    With several processes JAX handles SIGTERM: it tells the other processes, and finds a step at
+    which all can stop. A second SIGTERM then has no effect. The first SIGINT becomes a SIGTERM.
     """
     stop, previous = Stop(), {}
 
@@ -264,7 +263,7 @@ def graceful_stop() -> Iterator[Stop]:
         stop.signal = signal.Signals(number)
         for each in previous:
             signal.signal(each, signal.SIG_DFL)
-        # Not `print`: the signal may have interrupted one, whose buffer must not be entered twice.
+        # Not `print`, because the signal may have interrupted another `print`.
         os.write(2, b"\nstopping after this step; once more to stop without saving\n")
         if several():
             signal.raise_signal(signal.SIGTERM)
@@ -282,7 +281,7 @@ def graceful_stop() -> Iterator[Stop]:
 
 
 def lost_process(error: BaseException) -> LostProcessError | None:
-    """The error in words, if it says that another process does not answer; otherwise None."""
+    """An error to report if `error` says that another process does not answer, otherwise None."""
     if isinstance(error, LostProcessError):
         return error
     if not several() or not _LOST.search(str(error)):
@@ -297,21 +296,21 @@ def lost_process(error: BaseException) -> LostProcessError | None:
 def leave(code: int) -> NoReturn:
     """Ends this process, one of several, at once.
 
-    An ordinary end would wait for the others, which may be waiting for this one in a step. They
-    notice that it has gone and end as well, see `lost_process`.
+    An ordinary exit would wait for the other processes, which may be waiting for this one in a
+    step. They notice that this one is gone and end too, see `lost_process`.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    time.sleep(1)  # for others, which have met the same error, to say so themselves
+    time.sleep(1)  # so that processes with the same error can report it, and not a lost process
     os._exit(code)
 
 
 def _abort_in_words(message: bytes) -> None:
-    """Ends a process that JAX aborts with a message and the exit code of `LostProcessError`.
+    """If JAX aborts this process, prints a message and exits with the code of `LostProcessError`.
 
-    JAX calls C's `abort` from a thread of its own where it misses the heartbeats of process 0, or
-    of any other process. No Python handler runs then, since Python only calls them between two
-    instructions of the main thread. A C handler does.
+    JAX calls C's `abort` from a thread of its own if the heartbeats of another process are missing.
+    Python calls signal handlers only between two instructions of the main thread, so a Python
+    handler would not run. A C handler does.
     """
 
     def end(number: int) -> None:
@@ -328,4 +327,4 @@ def _abort_in_words(message: bytes) -> None:
 
 
 _abort_handler: Any = None
-"""Kept, as C only has its address."""
+"""Keeps the handler alive, because C only has its address."""
