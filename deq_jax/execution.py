@@ -8,9 +8,10 @@ from deq_jax import checks, precision, sharding
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a solve is carried out; the equation, its solution and its gradient stay the same.
+    """How a solve is carried out.
 
-    A trip is one pass through the loop of a solver.
+    The solution and its gradient stay the same up to rounding, if f treats samples independently. A
+    trip is one pass through the loop of a solver.
 
     Attributes:
         shrink_to: finished samples leave the batch, forwards and in the backward solve. Once no
