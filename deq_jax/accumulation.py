@@ -74,11 +74,13 @@ def accumulate_gradients(
     if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
         raise ValueError(f"microbatches must be a positive integer, got {microbatches!r}")
     checks.check_bool("has_aux", has_aux)
+    option = "accumulate_gradients: shard_axis"
+    sharding.check_axes(option, shard_axis)
     named = sharding.as_axes(shard_axis)
     gradient = jax.value_and_grad(loss, has_aux=has_aux)
 
     def accumulated(params: PyTree, batch: PyTree, *shared: PyTree) -> tuple[Any, PyTree]:
-        mesh, axes = sharding.find_mesh(named, batch, batch, True)
+        mesh, axes = sharding.find_mesh(named, batch, batch, True, option)
 
         def local(whole: tuple[PyTree, ...], batch: PyTree) -> tuple[Any, PyTree]:
             params, *shared = whole

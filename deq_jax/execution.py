@@ -97,7 +97,7 @@ class Execution:
         if self.shrink_to is not None:
             checks.check_count(self, "shrink_to")
         for name in ("shard_axis", "state_axis"):
-            sharding.check_axes(self, name)
+            sharding.check_axes(f"Execution.{name}", getattr(self, name))
         checks.check_count(self, "check_every")
         if not isinstance(self.progress, bool):
             checks.check_count(self, "progress")

@@ -73,24 +73,27 @@ def as_axes(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
 
 
-def check_axes(owner: object, name: str) -> None:
-    """Raises a TypeError unless field `name` of `owner` names one, several or no mesh axes."""
-    value = getattr(owner, name)
+def check_axes(name: str, value: Any) -> None:
+    """Raises a TypeError, about what is called `name`, unless it names mesh axes or is None."""
     many = isinstance(value, tuple) and len(value) == len(set(value)) > 0
     if value is None or isinstance(value, str) or (many and all(isinstance(v, str) for v in value)):
         return
     raise TypeError(
-        f"{type(owner).__name__}.{name} must be the name of a mesh axis or a tuple of different "
-        f"names, got {value!r}"
+        f"{name} must be the name of a mesh axis or a tuple of different names, got {value!r}"
     )
 
 
 def find_mesh(
-    axes: tuple[str, ...], x: PyTree, z0: PyTree, batched: bool
+    axes: tuple[str, ...],
+    x: PyTree,
+    z0: PyTree,
+    batched: bool,
+    option: str = "Execution.shard_axis",
 ) -> tuple[AbstractMesh | None, tuple[str, ...]]:
     """The mesh over whose axes `axes` the solve is split.
 
     This is the mesh of the context (`jax.set_mesh`), or that of the sharding of a leaf of x or z0.
+    Messages call the axes `option`.
 
     Returns:
         The mesh, and those of `axes` that no surrounding `shard_map` has split already. If none are
@@ -104,7 +107,7 @@ def find_mesh(
     axes = tuple(axis for axis in axes if axis not in context.manual_axes)
     if not axes:
         return None, ()
-    name = f"Execution.shard_axis={draws.shown(axes)}"
+    name = f"{option}={draws.shown(axes)}"
     if not batched:
         raise ValueError(f"{name} splits a batch; it does not go with batched=False")
     mesh = _mesh_with(axes, (x, z0), name)
@@ -117,7 +120,8 @@ def find_mesh(
     batch, shards = jax.tree.leaves(z0)[0].shape[0], math.prod(mesh.shape[axis] for axis in axes)
     if batch % shards:
         raise ValueError(
-            f"{name} has {shards} shards, which must divide the batch, got a batch of {batch}"
+            f"{name} has {shards} shards, which must divide the batch, got a batch of {batch}; "
+            f"a batch of {batch + shards - batch % shards} would fit"
         )
     check_batch(f"{name} splits axis 0 of x", x, batch)
     _warn_of_other_axes(axes, mesh, x)

@@ -69,8 +69,8 @@ def test_backward_probe(capsys):
 def test_training_learns_digits():
     names = example("train_step")
     model, x, labels = names["model"], names["images"] / 16, np.asarray(names["labels"])
-    # 0.96, as the README says; always answering one digit is right in a tenth.
-    assert (np.asarray(model(x)).argmax(-1) == labels).mean() > 0.94
+    # 0.98, as the README says; always answering one digit is right in a tenth.
+    assert (np.asarray(model(x)).argmax(-1) == labels).mean() > 0.96
     state = model.layers[0](x, return_stats=True)
     assert state[1].converged.mean() > 0.95
 

@@ -51,7 +51,7 @@ def test_own_images(tmp_path, capsys):
         for number, image in enumerate(digits.images[digits.target == label][:80]):
             pixels = (image * 15).astype(np.uint8)
             Image.fromarray(pixels).resize((20, 14)).save(folder / f"{number}.png")
-    accuracy = load("own_images").main(tmp_path, epochs=6)
+    accuracy = load("own_images").main(tmp_path, epochs=3)
     assert "240 images of 3 classes: class0, class1, class2" in capsys.readouterr().out
     assert accuracy > 0.85
 
