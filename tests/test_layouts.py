@@ -38,13 +38,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("x64")]
     ("layout", "mode", "solver"),
     [
         ("FSDP", "auto", "Anderson"),
-        ("FSDP", "explicit", "Broyden"),
         ("tensor, columns", "explicit", "Anderson"),
         ("tensor, columns then rows", "shard_map", "NewtonKrylov"),
         ("features", "auto", "Anderson"),
-        ("features", "auto", "NewtonKrylov"),
         ("features", "shard_map", "Broyden"),
-        ("sequence", "auto", "Broyden"),
         ("sequence", "shard_map", "NewtonKrylov"),
         ("data x tensor", "shard_axis", "Broyden"),
         ("data x FSDP", "shard_axis", "Anderson"),
