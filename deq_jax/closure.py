@@ -341,7 +341,7 @@ def close(
         of_state = len(whole.program.jaxpr.invars) - len(whole.arrays)
         inputs = (*whole.program.per_sample, *[True] * of_state)
         check_apart(whole.program.jaxpr, part.program.jaxpr, inputs, sizes[-1])
-    return dataclasses.replace(whole, parts=parts)
+    return dataclasses.replace(whole, parts=parts, split_axes=tree.split_axes())
 
 
 def _closed_for(

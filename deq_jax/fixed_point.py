@@ -454,8 +454,7 @@ def closed_problem(
         value_only=value_only,
         shard_axes=shard_axes,
     )
-    split = sharding.as_axes(execution.state_axis)
-    closed = dataclasses.replace(closed, check_every=execution.check_every, split_axes=split)
+    closed = dataclasses.replace(closed, check_every=execution.check_every)
     return closed, _watch(closed, control, z0, setup)
 
 

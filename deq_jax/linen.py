@@ -191,7 +191,7 @@ class DEQ(nn.Module):
         return returned(z, stats, samples, return_stats, (rest[-1],) if self.has_aux else ())
 
     def _call_at(self, f: "_Apply", state: PyTree, arguments: tuple[PyTree, ...]) -> None:
-        """Calls the cell once for what it writes, on the shards that the solve ran on."""
+        """Calls the cell at z*, on the shards of the solve, and keeps what it writes."""
         assert self.cell.scope is not None
         write = _Write(f.cell, self.cell.scope.mutable or (), f.kwargs)
         named = sharding.as_axes(self.execution.shard_axis)

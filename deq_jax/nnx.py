@@ -38,11 +38,11 @@ class DEQ(nnx.Module):
     was when the layer was called, so a Dropout has one mask for the whole solve and a BatchNorm
     does not count iterations. After the solve the cell is called once at z*, which updates running
     statistics, advances random streams and sows, as one call of an ordinary layer does. With
-    `Execution(shard_axis="data")` this call too runs on the shards: a `BatchNorm(axis_name="data")`
-    in the cell has the statistics of the whole batch, one without `axis_name` those of a shard, and
-    the mean over the shards of what it writes is kept. Values that a shard sows for its samples
-    stay sharded. Under `nnx.capture(..., nnx.Intermediate)` the layer sows its `SolveStats` as
-    `stats`, from inside an `nnx.Sequential` too.
+    `Execution(shard_axis="data")` this call too runs on the shards. A `BatchNorm` in the cell with
+    `axis_name="data"` has the statistics of the whole batch. One without `axis_name` has those of
+    a shard, and its running statistics are their mean over the shards. Values that a shard sows
+    for its samples stay sharded. Under `nnx.capture(..., nnx.Intermediate)` the layer sows its
+    `SolveStats` as `stats`, from inside an `nnx.Sequential` too.
 
     With a `normalization` the kernels of the cell are its v (or W₀): the effective weights are
     computed once a call, before the loop, and all uses of the cell in that call, `inject` and the
@@ -222,7 +222,7 @@ class DEQ(nnx.Module):
     def _call_at(
         self, cell: nnx.Module, f: "_Apply", state: PyTree, arguments: tuple[PyTree, ...]
     ) -> None:
-        """Calls the cell once for what it writes, on the shards that the solve ran on."""
+        """Calls the cell at z*, on the shards of the solve, and keeps the state that it writes."""
         named = sharding.as_axes(self.execution.shard_axis)
         z, injection, *_ = arguments
         mesh, axes = sharding.find_mesh(named, injection, z, self.batched)

@@ -124,16 +124,15 @@ def find_mesh(
             f"a batch of {batch + shards - batch % shards} would fit"
         )
     check_batch(f"{name} splits axis 0 of x", x, batch)
-    _warn_of_other_axes(axes, mesh, x)
+    _warn_of_other_axes(name, axes, mesh, x)
     return mesh, axes
 
 
-def _warn_of_other_axes(axes: tuple[str, ...], mesh: AbstractMesh, x: PyTree) -> None:
+def _warn_of_other_axes(name: str, axes: tuple[str, ...], mesh: AbstractMesh, x: PyTree) -> None:
     """Warns if XLA shards the batch over axes of the mesh that are not named."""
     others = {axis for axis, size in mesh.shape.items() if size > 1}
     others -= {*axes, *_compat.manual_axes()}
-    leaves = jax.tree.leaves(x)
-    if not others or not leaves:
+    if not others:
         return
 
     def look(sharding: Any) -> None:
@@ -142,13 +141,13 @@ def _warn_of_other_axes(axes: tuple[str, ...], mesh: AbstractMesh, x: PyTree) ->
         found = others.intersection(as_axes(first))
         if found:
             warnings.warn(
-                f"Execution.shard_axis={draws.shown(axes)}, but the batch is also sharded over "
-                f"{sorted(found)}: devices along it solve the same samples twice. Write "
-                f"shard_axis={(*axes, *sorted(found))}",
+                f"{name}, but the batch is also sharded over {sorted(found)}: devices along it "
+                f"solve the same samples twice. Write shard_axis={(*axes, *sorted(found))}",
                 stacklevel=2,
             )
 
-    jax.debug.inspect_array_sharding(leaves[0], callback=look)
+    for leaf in jax.tree.leaves(x):
+        jax.debug.inspect_array_sharding(leaf, callback=look)
 
 
 def _explicit_axes(mesh: AbstractMesh) -> list[str]:

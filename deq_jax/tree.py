@@ -40,9 +40,9 @@ def samples_split_over(axes: tuple[str, ...]) -> Iterator[None]:
         _split_axes.reset(token)
 
 
-def are_whole() -> bool:
-    """Whether each device holds whole samples."""
-    return not _split_axes.get()
+def split_axes() -> tuple[str, ...]:
+    """The mesh axes along which devices hold parts of the same samples; none as a rule."""
+    return _split_axes.get()
 
 
 def check_whole_samples(name: str) -> None:

@@ -503,7 +503,7 @@ FAULTS = [
     Fault(
         "nobody is told that the batch is sharded over another axis",
         "sharding.py",
-        "    if not others or not leaves:",
+        "    if not others:",
         "    if True:",
         "test_shard_axis.py",
     ),

@@ -24,6 +24,7 @@ from deq_jax import (
     Picard,
     Unrolled,
     deq_fixed_point,
+    deq_root,
     gather_params,
     solve_fixed_point,
 )
@@ -284,6 +285,36 @@ def test_statistics_of_split_samples_are_those_of_whole_ones():
     np.testing.assert_allclose(got[2], expected[2], rtol=1e-3)
     np.testing.assert_array_equal(got[3], expected[3])
     np.testing.assert_array_equal(got[4], expected[4])
+
+
+def test_the_scale_of_a_root_is_that_of_whole_samples():
+    """Also after the same equation was traced for parts as if they were samples."""
+    _, x, _ = pair()
+    params = numbers(6, 6, seed=5) / 4, jnp.asarray([3.0, 3, 3, 48, 48, 48])
+    options = {"solver": Picard(tol=0, max_iter=9)}
+
+    def residual(params, z, x, gather=lambda z: z):
+        weights, gain = params
+        return gain * (z - x - 0.5 * jnp.tanh(gather(z) @ weights))
+
+    gathering = functools.partial(
+        residual, gather=lambda z: lax.all_gather(z, "model", axis=1, tiled=True)
+    )
+
+    def local(params, x, axis):
+        execution = Execution(state_axis=axis)
+        start = jnp.zeros_like(x)
+        return deq_root(gathering, params, x, start, **options, execution=execution)
+
+    split = P("data", "model")
+    specs = {"in_specs": ((P(None, "model"), P("model")), split), "out_specs": split}
+    by_part, got = (
+        jax.shard_map(functools.partial(local, axis=axis), mesh=grid(), **specs)(params, x)
+        for axis in (None, "model")
+    )
+    expected = deq_root(residual, params, x, jnp.zeros_like(x), **options)
+    assert relative_error(got, expected) < 1e-12
+    assert relative_error(by_part, expected) > 1e-3
 
 
 def test_bad_state_axes():

@@ -169,7 +169,7 @@ class Auto(LinearMethod):
 
     def choice(self, like: PyTree) -> LinearMethod:
         """The method for states like this one, leaves `[B, ...]`."""
-        fits = tree.unknowns(like) <= DENSE_UP_TO and tree.are_whole()
+        fits = tree.unknowns(like) <= DENSE_UP_TO and not tree.split_axes()
         return Dense(self.tol) if fits else self._krylov()
 
     def _krylov(self) -> LinearMethod:

@@ -184,7 +184,7 @@ class Winograd(ChannelsLast):
         blocks = batch // together
 
         def regrouped(a: jax.Array, *axes: int) -> jax.Array:
-            # With an axis of one this is a reshape, which costs nothing; XLA copies what it swaps.
+            # XLA copies an array to swap two axes, even if one of them has the length 1.
             return a if shards == 1 else a.reshape(*axes, -1, *a.shape[-3:]).swapaxes(0, 1)
 
         parts = regrouped(image, shards, blocks).reshape(blocks, together, *image.shape[1:])
