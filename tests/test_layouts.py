@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,7 +33,20 @@ from experiments.studies import traffic
 from experiments.studies.collectives import program
 from tests.reference import implicit_gradient, newton_equilibrium, relative_error
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("x64")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("x64", "compiled_anew")]
+
+
+@pytest.fixture
+def compiled_anew():
+    """Without the compilation cache: XLA (0.10.2) often crashes in programs that it read there.
+
+    It was seen with NewtonKrylov and sums over devices, in about half of the runs.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks once only whether there is one
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize(
