@@ -1,0 +1,162 @@
+"""Image classifiers around positive concave deep equilibrium layers (pcDEQ)."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deq_jax.cells.concave import Activation, ConcaveCell
+from deq_jax.execution import Execution
+from deq_jax.gradients.implicit import Implicit
+from deq_jax.gradients.policy import GradientPolicy
+from deq_jax.nnx import DEQ
+from deq_jax.partitioning import logical_axes
+from deq_jax.solve import Solver
+from deq_jax.solvers.picard import Picard
+from deq_jax.stability.normalization import WeightNorm
+from deq_jax.stats import BackwardProbe
+
+_POOL = 8
+
+
+class PcDEQ(nnx.Module):
+    """A classifier whose core is the equilibrium of a `ConcaveCell` with weight normalisation.
+
+    The two forms are
+
+        dense:  Linear - BatchNorm - core - BatchNorm - Linear
+        conv:   Conv 3x3 - BatchNorm - core - max pool 3x3 - BatchNorm - average pool 8x8 - Linear
+
+    with a max pool of stride 1 that keeps height and width, and an average pool that leaves out the
+    rows and columns behind the last whole window. Each core has one equilibrium for non-negative
+    weights, which Picard iteration finds; see `ConcaveCell`. Training has to keep the weights
+    non-negative: after each step of the optimiser,
+
+        params = model.project(params)
+
+    Source: Gabor, Piotrowski, Cavalcante, arXiv:2402.04029, and its code for MNIST: 80 features of
+    the dense form, 82 of the convolutional one.
+
+    Args:
+        image_shape: `(height, width, channels)` of an image.
+        num_classes: number of logits.
+        form: `dense` or `conv`.
+        features: size of the state's last axis; None for the published one.
+        activation: of the cell: tanh, softsign or relu6 (pcDEQ-1), or sigmoid (pcDEQ-2).
+        solver: as for `deq_fixed_point`; the published tolerance and budget by default.
+        gradient: as for `deq_fixed_point`.
+        execution: as for `deq_fixed_point`.
+        param_dtype: dtype of the parameters.
+        rngs: stream `params`.
+
+    Raises:
+        ValueError: `form` or `activation` is unknown, or an image of the convolutional form is
+            smaller than a window of the average pool.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_shape: tuple[int, int, int] = (28, 28, 1),
+        num_classes: int = 10,
+        form: Literal["dense", "conv"] = "conv",
+        features: int | None = None,
+        activation: Activation = "tanh",
+        solver: Solver = Picard(tol=1e-4, max_iter=200),  # noqa: B008  (frozen)
+        gradient: GradientPolicy = Implicit(),  # noqa: B008  (frozen)
+        execution: Execution = Execution(),  # noqa: B008  (frozen)
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if form not in ("dense", "conv"):
+            raise ValueError(f"form must be dense or conv, got {form!r}")
+        height, width, colours = image_shape
+        if form == "conv" and min(height, width) < _POOL:
+            raise ValueError(
+                f"images must be at least {_POOL}x{_POOL} for form='conv', got {height}x{width}"
+            )
+        self.image_shape, self.form = image_shape, form
+        self.features = features or {"dense": 80, "conv": 82}[form]
+        kind: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        self.stem: nnx.Linear | nnx.Conv
+        if form == "dense":
+            names = logical_axes(None, "mlp")
+            inputs, outputs = height * width * colours, self.features
+            self.stem = nnx.Linear(inputs, self.features, kernel_metadata=names, **kind)
+        else:
+            names = logical_axes(None, None, None, "channels")
+            outputs = (height // _POOL) * (width // _POOL) * self.features
+            self.stem = nnx.Conv(colours, self.features, (3, 3), kernel_metadata=names, **kind)
+        # PyTorch's 0.1 is the weight of the new batch, Flax's 0.9 that of the old statistics.
+        norm = {"momentum": 0.9, "epsilon": 1e-5, **kind}
+        self.norm_in = nnx.BatchNorm(self.features, **norm)
+        self.norm_out = nnx.BatchNorm(self.features, **norm)
+        window = None if form == "dense" else 3
+        cell = ConcaveCell(self.features, kernel_size=window, activation=activation, **kind)
+        self.core = DEQ(
+            cell, solver=solver, gradient=gradient, execution=execution, normalization=WeightNorm()
+        )
+        names = logical_axes("embed", "classes")
+        self.head = nnx.Linear(outputs, num_classes, kernel_metadata=names, **kind)
+
+    def injection(self, images: jax.Array) -> jax.Array:
+        """What the core is given, `[B, ..., features]`, from images `[B, H, W, C]`."""
+        if images.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"images must have shape [B, {', '.join(map(str, self.image_shape))}], "
+                f"got {list(images.shape)}"
+            )
+        if self.form == "dense":
+            images = images.reshape(len(images), -1)
+        return self.norm_in(self.stem(images))
+
+    def zeros(self, injection: jax.Array) -> jax.Array:
+        """The state that a solve starts from, from which it rises to the equilibrium."""
+        return jnp.zeros_like(injection)
+
+    def start(self, injection: jax.Array) -> None:
+        """None: there is no learned start."""
+        del injection
+
+    def classify(self, z: jax.Array) -> jax.Array:
+        """Logits `[B, num_classes]` from the core's output `[B, ..., features]`."""
+        if self.form == "conv":
+            z = nnx.max_pool(z, (3, 3), (1, 1), "SAME")
+        z = self.norm_out(z)
+        if self.form == "conv":
+            batch, height, width, features = z.shape
+            rows, columns = height // _POOL, width // _POOL
+            z = z[:, : rows * _POOL, : columns * _POOL]
+            z = z.reshape(batch, rows, _POOL, columns, _POOL, features).mean((2, 4))
+        return self.head(z.reshape(len(z), -1))
+
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        return_stats: bool = False,
+        backward_probe: BackwardProbe | None = None,
+    ) -> Any:
+        """Logits `[B, num_classes]` of `images` `[B, H, W, C]`; with `return_stats` also stats."""
+        injection = self.injection(images)
+        z, stats = self.core(injection, return_stats=True, backward_probe=backward_probe)
+        logits = self.classify(z.astype(injection.dtype))
+        return (logits, stats) if return_stats else logits
+
+    def project(self, params: Any) -> Any:
+        """Sets what is negative of the core's weights and gains to zero.
+
+        Args:
+            params: the model's parameters, `nnx.state(model, nnx.Param)`, or the same as a nested
+                dict of arrays.
+
+        Returns:
+            A pytree like `params`; what is not of the core is unchanged.
+        """
+
+        def projected(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+            of_core = jax.tree_util.keystr(path[:1], simple=True) == "core"
+            return jnp.maximum(leaf, 0) if of_core else leaf
+
+        return jax.tree_util.tree_map_with_path(projected, params)
