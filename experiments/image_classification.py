@@ -6,7 +6,8 @@
     python -m experiments.image_classification --data.name FOLDER --data.size 32
     python -m experiments.image_classification solver:broyden --solver.memory 10 --optim.lr 2e-3
 
-The first word is a preset: digits (the default), mnist or cifar10. The same command again resumes a
+The first word is a preset: digits (the default), mnist, cifar10, or a published network with its
+published training: pcdeq, pcdeq_dense. The same command again resumes a
 run that was interrupted. `--help` lists the settings, `--help-verbose` explains them, and
 `solver:broyden --help` lists those of a choice.
 
@@ -15,16 +16,28 @@ The folder of the run gets `config.json`, `metrics.jsonl` (a line per epoch), `c
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from flax import nnx
 
+from deq_jax import Picard
 from deq_jax.models.conv_deq import ConvDEQ, ExplicitConvNet, WeightTiedConvNet
+from deq_jax.models.pcdeq import PcDEQ
 from experiments.data.images import ImageDataset, load_images
-from experiments.train.config import Count, Positive, Rate, Settings, TrainingConfig, group, parse
+from experiments.train.config import (
+    Count,
+    Optim,
+    Positive,
+    Rate,
+    Settings,
+    TrainingConfig,
+    group,
+    parse,
+)
 from experiments.train.errors import UsageError
 from experiments.train.loop import train
 from experiments.train.reporter import reports_errors
@@ -62,7 +75,7 @@ class ImageData(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Network(Settings):
-    """The network around the equilibrium, and its cell.
+    """The network of the models deq, weight_tied and explicit; the others have published sizes.
 
     Attributes:
         channels: channels of the state.
@@ -92,20 +105,42 @@ class Network(Settings):
                 )
 
 
+FAMILIES: dict[str, Callable[..., nnx.Module]] = {
+    "pcdeq1": functools.partial(PcDEQ, activation="tanh"),
+    "pcdeq1_dense": functools.partial(PcDEQ, activation="tanh", form="dense"),
+    "pcdeq2": functools.partial(PcDEQ, activation="sigmoid"),
+    "pcdeq2_dense": functools.partial(PcDEQ, activation="sigmoid", form="dense"),
+}
+"""Other families of equilibrium networks, in their published sizes. Each entry takes `image_shape`,
+`num_classes`, `solver`, `gradient`, `execution` and `rngs`; add yours here."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(TrainingConfig):
     """The settings.
 
     Attributes:
-        model: deq, or a control made of the same cell: weight_tied (the cell --depth times with the
-            same weights) or explicit (--depth cells with weights of their own).
+        model: deq; a control made of the same cell, weight_tied (the cell --depth times with the
+            same weights) or explicit (--depth cells with weights of their own); or another family,
+            see docs/guarantees.md.
         data: the images.
         network: the network.
     """
 
-    model: Literal["deq", "weight_tied", "explicit"] = "deq"
+    model: Literal["deq", "weight_tied", "explicit", *FAMILIES] = "deq"  # type: ignore[valid-type]
     data: group(ImageData) = ImageData()
     network: group(Network) = Network()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tools = self.stability
+        if self.model not in FAMILIES or tools is None:
+            return
+        if tools.normalization is not None or tools.start == "learned":
+            raise UsageError(
+                f"--model {self.model} has its own normalization and start; choose "
+                "stability.normalization:none and --stability.start zeros, cell or mixed"
+            )
 
 
 PRESETS = {
@@ -125,6 +160,21 @@ PRESETS = {
         eval_batch_size=200,
         network=Network(channels=48, inner_channels=64, pool=8),
     ),
+}
+
+
+_PCDEQ = Config(
+    data=ImageData("mnist"),
+    epochs=40,
+    batch_size=64,
+    eval_batch_size=200,
+    solver=Picard(tol=1e-4, max_iter=200),
+    optim=Optim(lr=5e-4, weight_decay=1.5e-2, drops=(0.75,)),
+)
+# Networks of other families, each with its published training.
+PRESETS |= {
+    "pcdeq": dataclasses.replace(_PCDEQ, model="pcdeq1"),
+    "pcdeq_dense": dataclasses.replace(_PCDEQ, model="pcdeq1_dense"),
 }
 
 
@@ -153,25 +203,31 @@ def load(config: Config, run: RunFolder) -> tuple[ImageDataset, nnx.Module]:
     return dataset, build_model(config, dataset)
 
 
-def build_model(
-    config: Config, dataset: ImageDataset
-) -> ConvDEQ | WeightTiedConvNet | ExplicitConvNet:
+def build_model(config: Config, dataset: ImageDataset) -> Any:
     """The network for a data set, initialised by the seed, in training mode."""
-    options = dataclasses.asdict(config.network) | {
+    options = {
         "image_shape": dataset.image_shape,
         "num_classes": dataset.num_classes,
         # Dropout draws from a stream of its own; the initial weights are the same with and without.
         "rngs": nnx.Rngs(config.seed, dropout=config.seed + 1),
     }
+    layer = config.layer()
     try:
+        if config.model in FAMILIES:
+            if config.network not in [preset.network for preset in PRESETS.values()]:
+                raise UsageError(f"--network.* has no effect on --model {config.model}")
+            del layer["normalization"]
+            return FAMILIES[config.model](**layer, **options)
+        options |= dataclasses.asdict(config.network)
         if config.model == "weight_tied":
             return WeightTiedConvNet(depth=config.depth, **options)
         if config.model == "explicit":
             return ExplicitConvNet(depth=config.depth, **options)
         learned = config.stability is not None and config.stability.start == "learned"
-        return ConvDEQ(learned_start=learned, **config.layer(), **options)
+        return ConvDEQ(learned_start=learned, **layer, **options)
     except ValueError as error:  # such as a pool that does not divide the image
-        raise UsageError(f"--network does not fit {dataset.name}: {error}") from error
+        what = f"--model {config.model}" if config.model in FAMILIES else "--network"
+        raise UsageError(f"{what} does not fit {dataset.name}: {error}") from error
 
 
 # --------------------------------------------------------------------------------------------- run

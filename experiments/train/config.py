@@ -84,7 +84,10 @@ class Settings:
             value = getattr(self, name)
             for part in (kind, *typing.get_args(kind)):  # `Count` or `Count | None`
                 for allowed in getattr(part, "__metadata__", ()):
-                    if isinstance(allowed, Range) and value is not None and value not in allowed:
+                    values = value if isinstance(value, tuple) else (value,)
+                    if isinstance(allowed, Range) and not all(
+                        v is None or v in allowed for v in values
+                    ):
                         flag = self.prefix + name.replace("_", "-")
                         raise UsageError(f"--{flag} must be {allowed}, got {value}")
 
@@ -98,6 +101,9 @@ def group(kind: Any) -> Any:
     """Settings with a heading of their own in the help, and no description below it."""
     return Annotated[kind, tyro.conf.arg(help=" ")]
 
+
+CONTROLS = ("weight_tied", "explicit", "lstm", "gru")
+"""Values of `--model` that are networks without a solver."""
 
 _LIMITS: dict[str, Any] = {"tol": 1e-2, "max_iter": 25}
 
@@ -132,11 +138,12 @@ NormalizationChoice = (
 
 @dataclasses.dataclass(frozen=True)
 class Optim(Settings):
-    """AdamW, with a learning rate that rises linearly and falls along a cosine.
+    """AdamW, with a learning rate that rises linearly and falls along a cosine or in steps.
 
     Attributes:
         lr: largest learning rate.
         final_lr: the rate at the end of the cosine.
+        drops: shares of the training after which the rate is divided by ten, instead of the cosine.
         warmup: steps in which the rate rises to its largest.
         clip: largest norm of the gradient. With None the gradient is never clipped.
         weight_decay: of matrices and convolution kernels.
@@ -147,6 +154,7 @@ class Optim(Settings):
 
     lr: Positive = 1e-3
     final_lr: Positive = 1e-6
+    drops: tuple[Rate, ...] = ()
     warmup: Annotated[int, Range(0)] = 0
     clip: Positive | None = None
     weight_decay: Amount = 0.0
@@ -155,6 +163,11 @@ class Optim(Settings):
     def schedule(self, steps: int) -> optax.Schedule:
         """The learning rate at each step of a training of `steps` steps."""
         warmup = min(self.warmup, steps - 1)
+        if self.drops:
+            falls = {max(1, round(share * steps) - warmup): 0.1 for share in self.drops}
+            rise = optax.linear_schedule(self.lr / (warmup + 1), self.lr, warmup)
+            constant = optax.piecewise_constant_schedule(self.lr, falls)
+            return optax.join_schedules([rise, constant], [warmup]) if warmup else constant
         return optax.warmup_cosine_decay_schedule(
             self.lr / (warmup + 1), self.lr, warmup, steps, self.final_lr
         )
@@ -370,7 +383,7 @@ class TrainingConfig(Settings):
     @property
     def is_deq(self) -> bool:
         """Whether the model has a solver."""
-        return self.model == "deq"
+        return self.model not in CONTROLS
 
     @property
     def reports_backward(self) -> bool:

@@ -117,6 +117,8 @@ def make_train_step(
         # Update
         updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if hasattr(model, "project"):  # some cells have guarantees for weights in a set
+            params = model.project(params)
 
         # Figures
         size = batch.targets.size
