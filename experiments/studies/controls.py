@@ -1,12 +1,12 @@
-"""The DEQ-Transformer beside its controls, tuned alike, trained for the same steps.
+"""Equilibrium networks beside others: losses, accuracies, evaluations, times and memory.
 
-Each network looks for its learning rate alike: it is trained for all steps with 0.002 and with the
-rates next to it, then with those next to the best one, until both neighbours of the best are worse
-on a validation part of the training text. The best rate is trained with three seeds on the whole
-training text, and the end of the text, which no trial has seen, is reported on. A training that was
-interrupted goes on where it was. Shorter trials mislead: after a quarter of the steps, eight blocks
-with weights of their own are best at a rate of 0.008, at which they end far behind their result at
-0.004.
+In the part `language` each network looks for its learning rate alike: it is trained for all steps
+with 0.002 and with the rates next to it, then with those next to the best one, until both
+neighbours of the best are worse on a validation part of the training text. The best rate is trained
+with three seeds on the whole training text, and the end of the text, which no trial has seen, is
+reported on. A training that was interrupted goes on where it was. Shorter trials mislead: after a
+quarter of the steps, eight blocks with weights of their own are best at a rate of 0.008, at which
+they end far behind their result at 0.004.
 
 The time of a step is the median of interleaved rounds at the end of training, so that it does not
 matter what else the machine did while the networks were trained. The memory is that of the
@@ -14,6 +14,7 @@ temporaries of the compiled step.
 
     python -m experiments.studies.controls copy
     python -m experiments.studies.controls language --data-dir DIR --write
+    python -m experiments.studies.controls mnist --data-dir DIR --write --networks "pcDEQ-1, dense"
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ import numpy as np
 import tyro
 
 from deq_jax.models.conv_deq import count_parameters
-from experiments import copy_memory, language_model
+from experiments import copy_memory, image_classification, language_model
 from experiments.report.trained import read_state
 from experiments.studies.tables import Command, Document, Part, Study, markdown_table, origin
 from experiments.train.errors import NonFiniteError
@@ -63,6 +64,8 @@ _EQUAL = ("--network.features=68", "--network.hidden-features=272", "--cell.head
 _NARROW = ("--network.features=16", "--network.hidden-features=36")
 _RECURRENT = ("--network.features=10",)
 
+_ONE_EPOCH = "--epochs=1"
+
 NETWORKS: dict[str, dict[str, Network]] = {
     "copy": {
         "DEQ": Network((), {"preset": ()}),
@@ -83,11 +86,24 @@ NETWORKS: dict[str, dict[str, Network]] = {
         "explicit, 8 blocks, equal parameters": Network(("--model=explicit", *_EQUAL), _RATES),
         "explicit, 8 blocks of equal width": Network(("--model=explicit",), _RATES),
     },
+    "mnist": {
+        "pcDEQ-1, dense": Network(("pcdeq_dense",), {"preset": ()}),
+        "pcDEQ-2, dense": Network(("pcdeq_dense", "--model=pcdeq2_dense"), {"preset": ()}),
+        "pcDEQ-1, convolution, one epoch": Network(("pcdeq", _ONE_EPOCH), {"preset": ()}),
+        "pcDEQ-2, convolution, one epoch": Network(
+            ("pcdeq", "--model=pcdeq2", _ONE_EPOCH), {"preset": ()}
+        ),
+        "the tutorial's, one epoch": Network(("mnist", _ONE_EPOCH), {"preset": ()}),
+    },
 }
 """What each part of the study trains."""
 
-SCRIPTS: dict[str, Any] = {"copy": copy_memory, "language": language_model}
-SPLITS = {"copy": "test", "language": "validation"}
+SCRIPTS: dict[str, Any] = {
+    "copy": copy_memory,
+    "language": language_model,
+    "mnist": image_classification,
+}
+SPLITS = {"copy": "test", "language": "validation", "mnist": "test"}
 
 TRIAL: Flags = ("--data.validation=0.1",)
 """A trial in difference from a final training."""
@@ -98,7 +114,7 @@ class Config(Command):
     """What to study.
 
     Attributes:
-        data_dir: folder of prepared data sets, for language.
+        data_dir: folder of prepared data sets, for all parts but copy.
         runs: folder for the runs.
         seeds: seeds of the final trainings of each network.
         networks: measure only these networks; the rows of the others stay as they are.
@@ -119,7 +135,7 @@ def train(
         SystemExit: it was stopped, or the folder holds a run with other settings.
     """
     words = [*flags, f"--run.dir={folder}"]
-    if part == "language" and config.data_dir is not None:
+    if part != "copy" and config.data_dir is not None:
         words.append(f"--data.dir={config.data_dir}")
     print(f"\n{folder}: {' '.join(flags)}", flush=True)
     code = SCRIPTS[part].main(words)
@@ -189,6 +205,8 @@ def measure(part: str, config: Config) -> Part:
             "losses": [final[f"{split}_loss"] for final in finals],
             "steps": finals[0]["step"],
         }
+        if SCRIPTS[part] is image_classification:
+            row["accuracies"] = [final[f"{split}_accuracy"] for final in finals]
         if f"{split}_forward_iterations" in finals[0]:
             row["forward"] = [final[f"{split}_forward_iterations"] for final in finals]
             row["backward"] = [final["backward_iterations"] for final in finals]
@@ -236,18 +254,32 @@ def render(document: Document) -> dict[str, str]:
 
 
 def _table(part: Part) -> str:
-    columns = ["network", "loss", "seeds", "parameters", "evaluations forwards / backwards"]
+    rows = part["rows"].items()
+    images = any("accuracies" in row for _, row in rows)
+    columns = [
+        "network",
+        *(["accuracy, %"] if images else []),
+        "loss",
+        "seeds",
+        "parameters",
+        "evaluations forwards / backwards",
+    ]
     columns += ["seconds a step", "memory of a step", "minutes for all steps", "measured"]
     table = []
-    for name, row in part["rows"].items():
-        loss = f"{np.mean(row['losses']):.4g}"
-        if len(row["losses"]) > 1:
-            loss += f" ± {np.std(row['losses'], ddof=1):.1g}"
+    for name, row in rows:
         solves = "-"
         if "forward" in row:
             solves = f"{np.mean(row['forward']):.1f} / {np.mean(row['backward']):.1f}"
         seconds = statistics.median(row["seconds"])
-        cells = [name, loss, str(len(row["losses"])), f"{row['parameters']:,}", solves]
+        scores = [_mean(100 * np.array(row["accuracies"]), ".2f")] if images else []
+        cells = [
+            name,
+            *scores,
+            _mean(row["losses"], ".4g"),
+            str(len(row["losses"])),
+            f"{row['parameters']:,}",
+            solves,
+        ]
         cells += [f"{seconds:.3f}", f"{row['memory'] / 2**20:.0f} MiB"]
         cells += [f"{row['steps'] * seconds / 60:.1f}", row["date"]]
         table.append(cells)
@@ -260,9 +292,17 @@ def _table(part: Part) -> str:
         text += "\n\nLosses of the trials on the validation part of the training text, one seed:\n"
         text += f"\n{markdown_table(['network', 'trials'], cells)}"
     words = "Losses are means and standard deviations over the seeds."
+    if images:
+        words = words.replace("Losses", "Accuracies and losses of the last epoch")
     if len({row["date"] for row in part["rows"].values()}) > 1:
         words += " Times that were measured on different days are not to be compared."
     return f"{text}\n\n{words} {origin(part['context'])}"
+
+
+def _mean(values: Any, form: str) -> str:
+    """Mean, and where there are several values their standard deviation."""
+    text = format(np.mean(values), form)
+    return text if len(values) == 1 else f"{text} ± {np.std(values, ddof=1):.1g}"
 
 
 def _loss(loss: float | None) -> str:
