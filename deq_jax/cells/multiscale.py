@@ -17,9 +17,8 @@ import numpy as np
 from flax import nnx
 
 from deq_jax.cells.attention import check_choice
-from deq_jax.cells.norms import GroupNorm
+from deq_jax.cells.layers import GroupNorm, convolution
 from deq_jax.checks import check_number
-from deq_jax.partitioning import logical_axes
 from deq_jax.stability.dropout import broadcast_axes
 from deq_jax.stability.normalization import WeightNorm
 from deq_jax.stability.projections import (
@@ -185,13 +184,14 @@ class MultiscaleCell(nnx.Module):
         self.fusion_weights = _fusion_weights(count, lipschitz)
         mean_only = lipschitz is not None
         norm = functools.partial(GroupNorm, mean_only=mean_only, param_dtype=param_dtype, rngs=rngs)
-        convolution = functools.partial(_convolution, param_dtype=param_dtype, rngs=rngs)
+        conv = functools.partial(convolution, param_dtype=param_dtype, rngs=rngs)
+        outwards, inwards = ("channels", "inner_channels"), ("inner_channels", "channels")
         activation = _Activation(lipschitz)
         self.blocks = nnx.List(
             [
                 _Block(
-                    convolution(width, expansion * width, size, inner="out"),
-                    convolution(expansion * width, width, size, inner="in"),
+                    conv(width, expansion * width, size, names=outwards),
+                    conv(expansion * width, width, size, names=inwards),
                     norm(expansion * width, groups, affine=block_affine),
                     norm(width, groups, affine=block_affine),
                     norm(width, groups, affine=block_affine),
@@ -204,22 +204,22 @@ class MultiscaleCell(nnx.Module):
         )
 
         def paths_into(i: int, j: int) -> nnx.Module | None:
-            fixed = functools.partial(convolution, std=fusion_kernel_std)
+            fixed = functools.partial(conv, std=fusion_kernel_std)
             affine = fusion_affine
             if i == j:
                 return None
             if j > i:
-                conv = fixed(channels[j], channels[i], 1)
-                return _Upsampling(conv, norm(channels[i], groups, affine=affine), 2 ** (j - i))
+                scale = norm(channels[i], groups, affine=affine)
+                return _Upsampling(fixed(channels[j], channels[i], 1), scale, 2 ** (j - i))
             outputs = [channels[j]] * (i - j - 1) + [channels[i]]
             convs = [fixed(channels[j], out, 3, stride=2) for out in outputs]
             norms = [norm(out, groups, affine=affine) for out in outputs]
-            return _Downsampling(nnx.List(convs), nnx.List(norms), activation)
+            return _Downsampling(convs, norms, activation)
 
         self.fusion = nnx.List(
             [nnx.List([paths_into(i, j) for j in range(count)]) for i in range(count)]
         )
-        self.mixing = nnx.List([convolution(width, width, 1) for width in channels])
+        self.mixing = nnx.List([conv(width, width, 1) for width in channels])
         half = max(1, groups // 2)
         self.norms = nnx.List([norm(width, half, affine=final_affine) for width in channels])
         self.activation = activation
@@ -236,7 +236,8 @@ class MultiscaleCell(nnx.Module):
         """One application; z as `zeros(x)`, and x `[B, H, W, C_0]`."""
         self._check(z, x)
         injections = (x, *[None] * (len(z) - 1))
-        outputs = [block(*pair) for block, *pair in zip(self.blocks, z, injections, strict=True)]
+        branches = zip(self.blocks, z, injections, strict=True)
+        outputs = [block(state, given) for block, state, given in branches]
         fused = []
         for i, paths in enumerate(self.fusion):
             terms = []
@@ -423,8 +424,9 @@ class _Upsampling(nnx.Module):
 class _Downsampling(nnx.Module):
     """Convolutions of stride 2, each with a norm, and an activation between two of them."""
 
-    def __init__(self, convs: nnx.List, norms: nnx.List, activation: "_Activation"):
-        self.convs, self.norms, self.activation = convs, norms, activation
+    def __init__(self, convs: list[nnx.Conv], norms: list[GroupNorm], activation: "_Activation"):
+        self.convs, self.norms = nnx.List(convs), nnx.List(norms)
+        self.activation = activation
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """`[B, H / 2^steps, W / 2^steps, out]` from `[B, H, W, in]`."""
@@ -453,35 +455,6 @@ class _Activation:
 
 def _one(norm: GroupNorm) -> float:
     return 1.0
-
-
-def _convolution(
-    into: int,
-    out: int,
-    size: int,
-    *,
-    stride: int = 1,
-    std: float | None = None,
-    inner: Literal["in", "out"] | None = None,
-    param_dtype: Any,
-    rngs: nnx.Rngs,
-) -> nnx.Conv:
-    """A convolution without bias, padded alike on both sides (SAME pads one side if strided)."""
-    # U(±1 / √fan_in), PyTorch's start of a convolution.
-    usual = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-    names = {"in": ("inner_channels", "channels"), "out": ("channels", "inner_channels")}
-    return nnx.Conv(
-        into,
-        out,
-        (size, size),
-        strides=stride,
-        padding=((size // 2, size // 2),) * 2,
-        use_bias=False,
-        kernel_init=usual if std is None else nnx.initializers.normal(std),
-        kernel_metadata=logical_axes(None, None, *names.get(inner or "", (None, "channels"))),
-        param_dtype=param_dtype,
-        rngs=rngs,
-    )
 
 
 def _dropout(rate: float, rngs: nnx.Rngs) -> nnx.Dropout | None:

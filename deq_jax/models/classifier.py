@@ -11,7 +11,7 @@ PyTree = Any
 
 
 class EquilibriumClassifier(nnx.Module):
-    """An injection, an equilibrium, and a head: `classify(core(injection(images), zeros))`.
+    """An injection, an equilibrium, and a head: `classify(core(x, zeros(x)))`, x the injection.
 
     Attributes:
         image_shape: `(height, width, channels)` of an image.
@@ -28,6 +28,10 @@ class EquilibriumClassifier(nnx.Module):
     def zeros(self, injection: PyTree) -> PyTree:
         """The state that a solve starts from, leaves `[B, ...]`."""
         raise NotImplementedError
+
+    def start(self, injection: PyTree) -> PyTree:
+        """Where a solve starts: at zeros. There is no learned start."""
+        return self.zeros(injection)
 
     def classify(self, z: PyTree) -> jax.Array:
         """Logits `[B, num_classes]` from the core's output."""
@@ -73,7 +77,7 @@ class EquilibriumClassifier(nnx.Module):
             ValueError: images of another shape than `image_shape`.
         """
         injection = self.injection(images)
-        start = self.zeros(injection)
+        start = self.start(injection)
         z, stats = self.core(injection, start, return_stats=True, backward_probe=backward_probe)
         # A solve may be in another precision.
         z = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), z, start)

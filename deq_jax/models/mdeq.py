@@ -14,7 +14,7 @@ Source: Bai, Koltun and Kolter, "Multiscale deep equilibrium models", 2020, arXi
 its code.
 """
 
-import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deq_jax.cells.layers import ConvNorm
 from deq_jax.cells.multiscale import WEIGHT_NORM, Lipschitz, MultiscaleCell, State
-from deq_jax.cells.norms import BatchNorm
 from deq_jax.execution import Execution
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
@@ -56,6 +56,9 @@ LARGE: dict[str, Any] = {
 LIPSCHITZ: dict[str, Any] = {**LARGE, "lipschitz": Lipschitz(), "normalization": None}
 """Options of Lipschitz MDEQ, which is the large one with a bound. Call `project` on its parameters
 after each step of the optimiser."""
+
+_STD = 0.01
+"""Standard deviation of the initial kernels of stem and head."""
 
 _EXPANSION = 4
 """Channels that a bottleneck block of the head returns, in multiples of those inside it."""
@@ -152,12 +155,12 @@ class MDEQ(EquilibriumClassifier):
             )
         self.image_shape = image_shape
         self.state_shape = (height >> downsamplings, width >> downsamplings)
-        made = {"param_dtype": param_dtype, "rngs": rngs}
+        made: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         finest = channels[0]
         count = max(2, downsamplings)
         self.stem = nnx.List(
             [
-                _ConvNorm(
+                ConvNorm(
                     finest if k else colours,
                     finest,
                     3,
@@ -168,7 +171,7 @@ class MDEQ(EquilibriumClassifier):
             ]
         )
         if downsamplings or len(channels) > 2:
-            self.stem.append(_ConvNorm(finest, finest, 1, **made))
+            self.stem.append(ConvNorm(finest, finest, 1, std=_STD, **made))
         cell = MultiscaleCell(
             channels,
             expansion=expansion,
@@ -220,8 +223,8 @@ class MDEQ(EquilibriumClassifier):
         """
         if self.core.cell.lipschitz is None:
             return params
-        definition, _, rest = nnx.split(self, nnx.Param, ...)
-        model = nnx.merge(definition, params, rest, copy=True)
+        definition, *states = nnx.split(self, nnx.Param, ...)
+        model = nnx.merge(definition, params, states[1], copy=True)
         model.core.cell.project(self.state_shape)
         leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
@@ -231,51 +234,16 @@ class MDEQ(EquilibriumClassifier):
         return self.core.cell.lipschitz_bound(self.state_shape)
 
 
-class _ConvNorm(nnx.Module):
-    """A convolution, padded alike on both sides, and a BatchNorm."""
-
-    def __init__(
-        self,
-        into: int,
-        out: int,
-        size: int,
-        *,
-        stride: int = 1,
-        bias: bool = False,
-        affine: bool = True,
-        param_dtype: Any,
-        rngs: nnx.Rngs,
-    ):
-        # The reference starts the biases as it starts the kernels; a BatchNorm takes them out.
-        self.conv = nnx.Conv(
-            into,
-            out,
-            (size, size),
-            strides=stride,
-            padding=((size // 2, size // 2),) * 2,
-            use_bias=bias,
-            kernel_init=nnx.initializers.normal(0.01),
-            kernel_metadata=logical_axes(None, None, None, "channels"),
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
-        self.norm = BatchNorm(out, affine=affine, param_dtype=param_dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, H / stride, W / stride, out]`."""
-        return self.norm(self.conv(x))
-
-
 class _Bottleneck(nnx.Module):
-    """`relu(shortcut(x) + conv 1x1(relu(conv 3x3(relu(conv 1x1(x))))))`, a BatchNorm behind each."""
+    """`relu(shortcut(x) + W₃ * relu(W₂ * relu(W₁ * x)))`, with a BatchNorm behind each `*`."""
 
     def __init__(self, into: int, inner: int, *, param_dtype: Any, rngs: nnx.Rngs):
-        made = {"param_dtype": param_dtype, "rngs": rngs}
+        made: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         out = _EXPANSION * inner
-        self.reduce = _ConvNorm(into, inner, 1, affine=False, **made)
-        self.transform = _ConvNorm(inner, inner, 3, affine=False, **made)
-        self.expand = _ConvNorm(inner, out, 1, affine=False, **made)
-        self.shortcut = None if into == out else _ConvNorm(into, out, 1, **made)
+        self.reduce = ConvNorm(into, inner, 1, affine=False, std=_STD, **made)
+        self.transform = ConvNorm(inner, inner, 3, affine=False, std=_STD, **made)
+        self.expand = ConvNorm(inner, out, 1, affine=False, std=_STD, **made)
+        self.shortcut = None if into == out else ConvNorm(into, out, 1, std=_STD, **made)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, H, W, 4 inner]`."""
@@ -296,16 +264,17 @@ class _Head(nnx.Module):
         param_dtype: Any,
         rngs: nnx.Rngs,
     ):
-        made = {"param_dtype": param_dtype, "rngs": rngs}
+        made: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         outputs = [_EXPANSION * inner for inner in head_channels]
-        convolution = functools.partial(_ConvNorm, bias=True, **made)
-        self.bottlenecks = nnx.List(
-            [_Bottleneck(*pair, **made) for pair in zip(channels, head_channels, strict=True)]
-        )
+        widths = zip(channels, head_channels, strict=True)
+        self.bottlenecks = nnx.List([_Bottleneck(into, inner, **made) for into, inner in widths])
         self.descents = nnx.List(
-            [convolution(*pair, 3, stride=2) for pair in zip(outputs, outputs[1:], strict=False)]
+            [
+                ConvNorm(finer, coarser, 3, stride=2, bias=True, std=_STD, **made)
+                for finer, coarser in itertools.pairwise(outputs)
+            ]
         )
-        self.last = convolution(outputs[-1], features, 1)
+        self.last = ConvNorm(outputs[-1], features, 1, bias=True, std=_STD, **made)
         self.classifier = nnx.Linear(
             features, num_classes, kernel_metadata=logical_axes("embed", "classes"), **made
         )

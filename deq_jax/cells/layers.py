@@ -1,7 +1,7 @@
-"""Flax's GroupNorm and BatchNorm, which here work in float64 and under strict dtype promotion.
+"""Layers of convolutional cells and networks.
 
-Flax's own combine their statistics, in float32, with arrays of other dtypes, which strict promotion
-forbids.
+GroupNorm and BatchNorm are Flax's, which here work in float64 and under strict dtype promotion,
+too. Flax's own promote dtypes implicitly.
 """
 
 from typing import Any
@@ -10,7 +10,50 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deq_jax.partitioning import logical_axes
 from deq_jax.tree import accumulation_dtype
+
+
+def convolution(
+    into: int,
+    out: int,
+    size: int,
+    *,
+    stride: int = 1,
+    std: float | None = None,
+    bias: bool = False,
+    names: tuple[str | None, str | None] = (None, "channels"),
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """A convolution padded by `size // 2` on all sides, as in PyTorch.
+
+    (Flax's `SAME` pads a convolution of stride 2 on two sides only.)
+
+    Args:
+        into: channels of the input.
+        out: channels of the output.
+        size: height and width of the kernel, an odd number.
+        stride: of the convolution.
+        std: standard deviation of the initial kernel; None for `U(±1 / √fan_in)`.
+        bias: whether there is a bias.
+        names: of the kernel's last two axes, see `deq_jax.partitioning`.
+        param_dtype: dtype of the parameters.
+        rngs: stream `params`.
+    """
+    usual = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    return nnx.Conv(
+        into,
+        out,
+        (size, size),
+        strides=stride,
+        padding=((size // 2, size // 2),) * 2,
+        use_bias=bias,
+        kernel_init=usual if std is None else nnx.initializers.normal(std),
+        kernel_metadata=logical_axes(None, None, *names),
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -107,3 +150,40 @@ class BatchNorm(nnx.BatchNorm):
         """`[B, H, W, channels]`; arguments as for Flax's."""
         with jax.numpy_dtype_promotion("standard"):
             return super().__call__(x, use_running_average, mask=mask)
+
+
+class ConvNorm(nnx.Module):
+    """A `convolution` and a `BatchNorm`.
+
+    Args:
+        into: channels of the input.
+        out: channels of the output.
+        size: height and width of the kernel, an odd number.
+        stride: of the convolution.
+        std: standard deviation of the initial kernel; None for `U(±1 / √fan_in)`.
+        bias: whether the convolution has a bias.
+        affine: whether the BatchNorm has a scale and a bias.
+        param_dtype: dtype of the parameters.
+        rngs: stream `params`.
+    """
+
+    def __init__(
+        self,
+        into: int,
+        out: int,
+        size: int,
+        *,
+        stride: int = 1,
+        std: float | None = None,
+        bias: bool = False,
+        affine: bool = True,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        made: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        self.conv = convolution(into, out, size, stride=stride, std=std, bias=bias, **made)
+        self.norm = BatchNorm(out, affine=affine, **made)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, H / stride, W / stride, out]`."""
+        return self.norm(self.conv(x))
