@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deq_jax.cells.layers import GroupNorm
 from deq_jax.partitioning import logical_axes
 from deq_jax.stability.dropout import broadcast_axes
 
@@ -26,16 +27,17 @@ class ResNetCell(nnx.Module):
 
     Args:
         channels: channels of z and x, a multiple of `groups`.
-        inner_channels: channels inside the branch, a multiple of `groups`.
+        inner_channels: channels inside the branch, a multiple of its groups.
         kernel_size: height and width of the kernels.
         groups: groups of the normalisations.
+        inner_groups: groups of the normalisation inside the branch; None for `groups`.
         kernel_std: standard deviation of the initial kernels.
         dropout: rate of variational dropout of whole channels behind the second convolution.
         param_dtype: dtype of the parameters.
         rngs: stream `params`, and `dropout` where there is dropout.
 
     Raises:
-        ValueError: channels are no multiple of `groups`.
+        ValueError: channels are no multiple of their groups.
     """
 
     def __init__(
@@ -45,14 +47,20 @@ class ResNetCell(nnx.Module):
         *,
         kernel_size: int = 3,
         groups: int = 8,
+        inner_groups: int | None = None,
         kernel_std: float = 0.01,
         dropout: float = 0.0,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        for name, width in (("channels", channels), ("inner_channels", inner_channels)):
-            if width % groups:
-                raise ValueError(f"{name}={width} must be a multiple of groups={groups}")
+        inner_name = "groups" if inner_groups is None else "inner_groups"
+        inner_groups = groups if inner_groups is None else inner_groups
+        for name, width, which, count in (
+            ("channels", channels, "groups", groups),
+            ("inner_channels", inner_channels, inner_name, inner_groups),
+        ):
+            if width % count:
+                raise ValueError(f"{name}={width} must be a multiple of {which}={count}")
 
         def convolution(into: int, out: int, *names: str) -> nnx.Conv:
             return nnx.Conv(
@@ -66,14 +74,14 @@ class ResNetCell(nnx.Module):
                 rngs=rngs,
             )
 
-        def norm(width: int) -> nnx.GroupNorm:
-            return nnx.GroupNorm(width, groups, epsilon=1e-5, param_dtype=param_dtype, rngs=rngs)
+        def norm(width: int, groups: int) -> GroupNorm:
+            return GroupNorm(width, groups, param_dtype=param_dtype, rngs=rngs)
 
         self.conv1 = convolution(channels, inner_channels, "channels", "inner_channels")
         self.conv2 = convolution(inner_channels, channels, "inner_channels", "channels")
-        self.norm1 = norm(inner_channels)
-        self.norm2 = norm(channels)
-        self.norm3 = norm(channels)
+        self.norm1 = norm(inner_channels, inner_groups)
+        self.norm2 = norm(channels, groups)
+        self.norm3 = norm(channels, groups)
         # Without dropout there is no random stream, and no state besides the parameters.
         axes = broadcast_axes("channel", 4)
         self.dropout = nnx.Dropout(dropout, broadcast_dims=axes, rngs=rngs) if dropout else None

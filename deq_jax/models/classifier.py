@@ -1,0 +1,93 @@
+"""What image classifiers around a multiscale equilibrium have in common."""
+
+from typing import Any, Literal, overload
+
+import jax
+from flax import nnx
+
+from deq_jax.stats import BackwardProbe, SolveStats
+
+PyTree = Any
+
+
+class EquilibriumClassifier(nnx.Module):
+    """An injection, an equilibrium, and a head: `classify(core(x, zeros(x)))`, x the injection.
+
+    Attributes:
+        image_shape: `(height, width, channels)` of an image.
+        core: the layer, a `deq_jax.nnx.DEQ` or one that is called alike.
+    """
+
+    image_shape: tuple[int, int, int]
+    core: Any
+
+    def injection(self, images: jax.Array) -> PyTree:
+        """What the core is given, from images `[B, H, W, C]`."""
+        raise NotImplementedError
+
+    def zeros(self, injection: PyTree) -> PyTree:
+        """The state that a solve starts from, leaves `[B, ...]`."""
+        raise NotImplementedError
+
+    def start(self, injection: PyTree) -> PyTree:
+        """Where a solve starts: at zeros. There is no learned start."""
+        return self.zeros(injection)
+
+    def classify(self, z: PyTree) -> jax.Array:
+        """Logits `[B, num_classes]` from the core's output."""
+        raise NotImplementedError
+
+    @overload
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        return_stats: Literal[False] = False,
+        backward_probe: BackwardProbe | None = None,
+    ) -> jax.Array: ...
+
+    @overload
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        return_stats: Literal[True],
+        backward_probe: BackwardProbe | None = None,
+    ) -> tuple[jax.Array, SolveStats]: ...
+
+    @overload
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        return_stats: bool,
+        backward_probe: BackwardProbe | None = None,
+    ) -> jax.Array | tuple[jax.Array, SolveStats]: ...
+
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        return_stats: bool = False,
+        backward_probe: BackwardProbe | None = None,
+    ) -> jax.Array | tuple[jax.Array, SolveStats]:
+        """Logits `[B, num_classes]` of `images` `[B, H, W, C]`, with `return_stats` also stats.
+
+        Raises:
+            ValueError: images of another shape than `image_shape`.
+        """
+        injection = self.injection(images)
+        start = self.start(injection)
+        z, stats = self.core(injection, start, return_stats=True, backward_probe=backward_probe)
+        # A solve may be in another precision.
+        z = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), z, start)
+        logits = self.classify(z)
+        return (logits, stats) if return_stats else logits
+
+    def check_images(self, images: jax.Array) -> None:
+        """Raises a ValueError unless images are `[B, *image_shape]`."""
+        if images.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"images must have shape [B, {', '.join(map(str, self.image_shape))}], "
+                f"got {list(images.shape)}"
+            )
