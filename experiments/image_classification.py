@@ -7,7 +7,7 @@
     python -m experiments.image_classification solver:broyden --solver.memory 10 --optim.lr 2e-3
 
 The first word is a preset: digits (the default), mnist, cifar10, or a published network with its
-published training: pcdeq, pcdeq_dense. The same command again resumes a
+published training: mdeq, resdeq, pcdeq, pcdeq_dense. The same command again resumes a
 run that was interrupted. `--help` lists the settings, `--help-verbose` explains them, and
 `solver:broyden --help` lists those of a choice.
 
@@ -24,9 +24,11 @@ from typing import Any, Literal
 
 from flax import nnx
 
-from deq_jax import Picard
+from deq_jax import Broyden, Implicit, Picard, Reversed, Reversible
 from deq_jax.models.conv_deq import ConvDEQ, ExplicitConvNet, WeightTiedConvNet
+from deq_jax.models.mdeq import LARGE, LIPSCHITZ, MDEQ, TINY
 from deq_jax.models.pcdeq import PcDEQ
+from deq_jax.models.resdeq import SMALL, ResDEQ
 from experiments.data.images import ImageDataset, load_images
 from experiments.train.config import (
     Count,
@@ -34,6 +36,7 @@ from experiments.train.config import (
     Positive,
     Rate,
     Settings,
+    Stability,
     TrainingConfig,
     group,
     parse,
@@ -106,6 +109,11 @@ class Network(Settings):
 
 
 FAMILIES: dict[str, Callable[..., nnx.Module]] = {
+    "mdeq": functools.partial(MDEQ, **TINY),
+    "mdeq_large": functools.partial(MDEQ, **LARGE),
+    "lipschitz_mdeq": functools.partial(MDEQ, **LIPSCHITZ),
+    "resdeq": functools.partial(ResDEQ, **SMALL),
+    "resdeq_large": ResDEQ,
     "pcdeq1": functools.partial(PcDEQ, activation="tanh"),
     "pcdeq1_dense": functools.partial(PcDEQ, activation="tanh", form="dense"),
     "pcdeq2": functools.partial(PcDEQ, activation="sigmoid"),
@@ -171,8 +179,31 @@ _PCDEQ = Config(
     solver=Picard(tol=1e-4, max_iter=200),
     optim=Optim(lr=5e-4, weight_decay=1.5e-2, drops=(0.75,)),
 )
+_MDEQ = Config(
+    data=ImageData("cifar10"),
+    model="mdeq",
+    epochs=50,
+    batch_size=128,
+    eval_batch_size=200,
+    solver=Broyden(tol=1e-3, max_iter=18),
+    gradient=Implicit(max_iter=20),
+    optim=Optim(weight_decay=2.5e-6),
+    stability=Stability(pretrain_steps=3000, pretrain_depth=10),
+)
+_RESDEQ = Config(
+    data=ImageData("cifar10"),
+    model="resdeq",
+    epochs=100,
+    batch_size=64,
+    eval_batch_size=200,
+    solver=Reversible(damping=0.8, tol=1e-6, max_iter=8),
+    gradient=Reversed(),
+    optim=Optim(lr=3e-4),
+)
 # Networks of other families, each with its published training.
 PRESETS |= {
+    "mdeq": _MDEQ,
+    "resdeq": _RESDEQ,
     "pcdeq": dataclasses.replace(_PCDEQ, model="pcdeq1"),
     "pcdeq_dense": dataclasses.replace(_PCDEQ, model="pcdeq1_dense"),
 }

@@ -1,4 +1,4 @@
-"""What image classifiers around a multiscale equilibrium have in common."""
+"""What image classifiers around an equilibrium have in common."""
 
 from typing import Any, Literal, overload
 

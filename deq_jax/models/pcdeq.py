@@ -7,20 +7,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deq_jax.cells.concave import Activation, ConcaveCell
+from deq_jax.cells.layers import BatchNorm
 from deq_jax.execution import Execution
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
+from deq_jax.models.classifier import EquilibriumClassifier
 from deq_jax.nnx import DEQ
 from deq_jax.partitioning import logical_axes
 from deq_jax.solve import Solver
 from deq_jax.solvers.picard import Picard
 from deq_jax.stability.normalization import WeightNorm
-from deq_jax.stats import BackwardProbe
 
 _POOL = 8
 
 
-class PcDEQ(nnx.Module):
+class PcDEQ(EquilibriumClassifier):
     """A classifier whose core is the equilibrium of a `ConcaveCell` with weight normalisation.
 
     The two forms are
@@ -88,10 +89,8 @@ class PcDEQ(nnx.Module):
             names = logical_axes(None, None, None, "channels")
             outputs = (height // _POOL) * (width // _POOL) * self.features
             self.stem = nnx.Conv(colours, self.features, (3, 3), kernel_metadata=names, **kind)
-        # PyTorch's 0.1 is the weight of the new batch, Flax's 0.9 that of the old statistics.
-        norm = {"momentum": 0.9, "epsilon": 1e-5, **kind}
-        self.norm_in = nnx.BatchNorm(self.features, **norm)
-        self.norm_out = nnx.BatchNorm(self.features, **norm)
+        self.norm_in = BatchNorm(self.features, **kind)
+        self.norm_out = BatchNorm(self.features, **kind)
         window = None if form == "dense" else 3
         cell = ConcaveCell(self.features, kernel_size=window, activation=activation, **kind)
         self.core = DEQ(
@@ -102,11 +101,7 @@ class PcDEQ(nnx.Module):
 
     def injection(self, images: jax.Array) -> jax.Array:
         """What the core is given, `[B, ..., features]`, from images `[B, H, W, C]`."""
-        if images.shape[1:] != self.image_shape:
-            raise ValueError(
-                f"images must have shape [B, {', '.join(map(str, self.image_shape))}], "
-                f"got {list(images.shape)}"
-            )
+        self.check_images(images)
         if self.form == "dense":
             images = images.reshape(len(images), -1)
         return self.norm_in(self.stem(images))
@@ -114,10 +109,6 @@ class PcDEQ(nnx.Module):
     def zeros(self, injection: jax.Array) -> jax.Array:
         """The state that a solve starts from, from which it rises to the equilibrium."""
         return jnp.zeros_like(injection)
-
-    def start(self, injection: jax.Array) -> None:
-        """None: there is no learned start."""
-        del injection
 
     def classify(self, z: jax.Array) -> jax.Array:
         """Logits `[B, num_classes]` from the core's output `[B, ..., features]`."""
@@ -130,19 +121,6 @@ class PcDEQ(nnx.Module):
             z = z[:, : rows * _POOL, : columns * _POOL]
             z = z.reshape(batch, rows, _POOL, columns, _POOL, features).mean((2, 4))
         return self.head(z.reshape(len(z), -1))
-
-    def __call__(
-        self,
-        images: jax.Array,
-        *,
-        return_stats: bool = False,
-        backward_probe: BackwardProbe | None = None,
-    ) -> Any:
-        """Logits `[B, num_classes]` of `images` `[B, H, W, C]`; with `return_stats` also stats."""
-        injection = self.injection(images)
-        z, stats = self.core(injection, return_stats=True, backward_probe=backward_probe)
-        logits = self.classify(z.astype(injection.dtype))
-        return (logits, stats) if return_stats else logits
 
     def project(self, params: Any) -> Any:
         """Sets what is negative of the core's weights and gains to zero.
