@@ -311,6 +311,7 @@ class CellFunction:
     def __call__(
         self, state: tuple[PyTree, PyTree], z: PyTree, x: PyTree, *step: jax.Array
     ) -> PyTree:
+        """The new state of the cell, `cell(z, x)`."""
         # A copy: the variables of the merged cell may change (random counters, batch statistics)
         # and must not be those of the caller, who lives at another trace level.
         cell = nnx.merge(self.definition, *state, copy=True)

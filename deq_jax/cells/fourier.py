@@ -13,6 +13,7 @@ is that of the batched products.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,8 @@ def from_frequencies(y: jax.Array, grid: Grid) -> jax.Array:
 
 def multiply(multiplier: jax.Array, z: jax.Array) -> jax.Array:
     """The circular convolution of `z` `[B, H, W, C]` by a multiplier `[F, 2 C, 2 D]`."""
-    return from_frequencies(at_frequencies(multiplier, to_frequencies(z)), z.shape[1:3])
+    _, height, width, _ = z.shape
+    return from_frequencies(at_frequencies(multiplier, to_frequencies(z)), (height, width))
 
 
 def at_frequencies(multiplier: jax.Array, y: jax.Array) -> jax.Array:
@@ -154,14 +156,14 @@ def _constant(matrix: np.ndarray, like: jax.Array) -> jax.Array:
     return jnp.asarray(matrix, like.dtype)
 
 
-def _waves(size: int) -> np.ndarray:
+def _waves(size: int) -> Any:
     """`exp(-2πi k n / size)`, `[size, size]`."""
     # The product is taken modulo the size, so that angles are accurate to the last bit.
     steps = np.outer(np.arange(size), np.arange(size)) % size
     return np.exp(-2j * np.pi * steps / size)
 
 
-def _pairs(matrix: np.ndarray) -> np.ndarray:
+def _pairs(matrix: Any) -> np.ndarray:
     """A complex matrix `[k, n]` between pairs of real and imaginary parts, `[k, 2, n, 2]`."""
     real, imaginary = matrix.real, matrix.imag
     rows = [np.stack([real, -imaginary], -1), np.stack([imaginary, real], -1)]
@@ -190,9 +192,11 @@ def _inverse_matrices(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def _kernel_waves(kernel_height: int, kernel_width: int, height: int, width: int) -> np.ndarray:
+def _kernel_waves(kernel_height: int, kernel_width: int, height: int, width: int) -> Any:
     """The complex waves `[F, k k]` by which kernels are transformed."""
-    rows = np.arange(height // 2 + 1)[:, np.newaxis] * (np.arange(kernel_height) - kernel_height // 2)
+    rows = np.arange(height // 2 + 1)[:, np.newaxis] * (
+        np.arange(kernel_height) - kernel_height // 2
+    )
     columns = np.arange(width)[:, np.newaxis] * (np.arange(kernel_width) - kernel_width // 2)
     waves = [
         np.exp(2j * np.pi * (steps % size) / size)

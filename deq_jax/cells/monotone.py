@@ -14,6 +14,7 @@ equations for which Picard iteration converges; they need `multiply` and the res
 Source: Winston and Kolter, "Monotone operator equilibrium networks", 2020.
 """
 
+import itertools
 import math
 from typing import Any, NamedTuple, cast
 
@@ -225,13 +226,29 @@ def _transposed(kernel: jax.Array) -> jax.Array:
     return kernel[::-1, ::-1].swapaxes(2, 3)
 
 
-def _diagonal(a: jax.Array, b: jax.Array, m: float, alpha: Any, grid: Grid) -> jax.Array:
-    """`I + α (m I + Aᵀ A - B + Bᵀ)` at each frequency, complex `[F, C, C]`."""
-    a, b = fourier.kernel_frequencies(a, grid), fourier.kernel_frequencies(b, grid)
-    identity = jnp.eye(a.shape[-1], dtype=a.dtype)
-    gram = fourier.conjugate_transpose(a) @ a
-    alpha = jnp.asarray(alpha, a.dtype)
-    return (1 + alpha * m) * identity + alpha * (gram - b + fourier.conjugate_transpose(b))
+def _kernel_of_w(a: jax.Array, b: jax.Array, m: float) -> jax.Array:
+    """The kernel `[2 k - 1, 2 k - 1, C, C]` of `(1 - m) I - Aᵀ A + B - Bᵀ`."""
+    size = a.shape[0]
+    # The correlation of A with itself: channels into A are the batch, those out of A are summed.
+    gram = lax.conv_general_dilated(
+        a.transpose(2, 0, 1, 3),
+        a.transpose(0, 1, 3, 2),
+        (1, 1),
+        ((size - 1, size - 1),) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    ).transpose(1, 2, 0, 3)
+    p = size // 2
+    skew = jnp.pad(b - _transposed(b), ((p, p), (p, p), (0, 0), (0, 0)))
+    identity = (1 - m) * jnp.eye(a.shape[2], dtype=a.dtype)
+    return (skew - gram).at[size - 1, size - 1].add(identity)
+
+
+def _diagonal(w: jax.Array, alpha: Any, grid: Grid) -> jax.Array:
+    """`I + α (I - W)` at each frequency, complex `[F, C, C]`, of W with kernel `w`."""
+    alpha = checks.in_dtype(alpha, w.dtype)
+    center = w.shape[0] // 2
+    identity = (1 + alpha) * jnp.eye(w.shape[2], dtype=w.dtype)
+    return fourier.kernel_frequencies((-alpha * w).at[center, center].add(identity), grid)
 
 
 class MonotoneConvCell(_Convolutions):
@@ -296,13 +313,11 @@ class MonotoneConvCell(_Convolutions):
 
     def multiply(self, z: jax.Array) -> jax.Array:
         """`W z`, like z."""
-        a, b = self._kernels()
-        symmetric = _convolve(_convolve(z, a), _transposed(a))
-        return (1 - self.m) * z - symmetric + _convolve(z, b - _transposed(b))
+        return _convolve(z, self._kernel_of_w())
 
     def resolvent(self, alpha: Any) -> jax.Array:
         """`V = (I + α (I - W))⁻¹`, `[F, 2 channels, 2 channels]`."""
-        diagonal = _diagonal(*self._kernels(), self.m, alpha, self.grid)
+        diagonal = _diagonal(self._kernel_of_w(), alpha, self.grid)
         return fourier.real_matrices(fourier.inverse(diagonal))
 
     def apply_resolvent(self, resolvent: jax.Array, z: jax.Array) -> jax.Array:
@@ -313,9 +328,9 @@ class MonotoneConvCell(_Convolutions):
         """`relu(z)` with a border of zeros."""
         return self._clear_border(z)
 
-    def _kernels(self) -> tuple[jax.Array, jax.Array]:
-        """A and B with their scales."""
-        return _root(self.g[...]) * _unit(self.a[...]), self.h[...] * _unit(self.b[...])
+    def _kernel_of_w(self) -> jax.Array:
+        a, b = _root(self.g[...]) * _unit(self.a[...]), self.h[...] * _unit(self.b[...])
+        return _kernel_of_w(a, b, self.m)
 
 
 def _root(g: jax.Array) -> jax.Array:
@@ -420,7 +435,7 @@ class MonotoneMultiTierCell(_Convolutions):
         self.grids = tuple(
             (height // 2**i + 2 * p, width // 2**i + 2 * p) for i in range(len(channels))
         )
-        pairs = tuple(zip(channels, channels[1:], strict=False))
+        pairs = tuple(itertools.pairwise(channels))
         self.a = nnx.List([self._kernel(c, c, rngs) for c in channels])
         self.b = nnx.List([self._kernel(c, c, rngs) for c in channels])
         self.stride = nnx.List([self._kernel(c, d, rngs) for c, d in pairs])
@@ -436,14 +451,12 @@ class MonotoneMultiTierCell(_Convolutions):
 
     def multiply(self, z: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """`W z`, like z."""
-        a, b, strides = self._kernels()
+        a, w, strides = self._kernels()
         products = []
         for i, state in enumerate(z):
-            forward = _convolve(state, a[i])
+            product = _convolve(state, w[i])
             if i > 0:
-                forward += 2 * self._down(z[i - 1], strides[i - 1])
-            product = (1 - self.m) * state - _convolve(forward, _transposed(a[i]))
-            product += _convolve(state, b[i] - _transposed(b[i]))
+                product -= 2 * _convolve(self._down(z[i - 1], strides[i - 1]), _transposed(a[i]))
             if i < len(strides):
                 product -= _strided_gram(state, strides[i])
             products.append(product)
@@ -451,11 +464,11 @@ class MonotoneMultiTierCell(_Convolutions):
 
     def resolvent(self, alpha: Any) -> tuple[_TierResolvent | jax.Array, ...]:
         """`V = (I + α (I - W))⁻¹`: arrays of each resolution, a multiplier for the last one."""
-        a, b, strides = self._kernels()
+        a, w, strides = self._kernels()
         alpha = checks.in_dtype(alpha, a[0].dtype)
         tiers: list[_TierResolvent | jax.Array] = []
         for i, grid in enumerate(self.grids):
-            inverse = fourier.inverse(_diagonal(a[i], b[i], self.m, alpha, grid))
+            inverse = fourier.inverse(_diagonal(w[i], alpha, grid))
             if i == len(strides):
                 tiers.append(fourier.real_matrices(inverse))
                 continue
@@ -463,8 +476,16 @@ class MonotoneMultiTierCell(_Convolutions):
             down, up = stride @ inverse, inverse @ fourier.conjugate_transpose(stride)
             gram = fourier.fold(stride @ up, grid, real_pairs=False)
             coarse = fourier.inverse(jnp.eye(gram.shape[-1], dtype=gram.dtype) + gram)
-            real = map(fourier.real_matrices, (inverse, down, coarse, up))
-            tiers.append(_TierResolvent(*real, 2 * alpha * strides[i], _transposed(a[i + 1])))
+            tiers.append(
+                _TierResolvent(
+                    inverse=fourier.real_matrices(inverse),
+                    down=fourier.real_matrices(down),
+                    coarse=fourier.real_matrices(coarse),
+                    up=fourier.real_matrices(up),
+                    stride_kernel=2 * alpha * strides[i],
+                    next_kernel=_transposed(a[i + 1]),
+                )
+            )
         return tuple(tiers)
 
     def apply_resolvent(
@@ -494,11 +515,16 @@ class MonotoneMultiTierCell(_Convolutions):
         return tuple(map(self._clear_border, z))
 
     def _kernels(self) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-        """A, B and S of each resolution, with their scales."""
-        a = [_root(g[...]) * _unit(kernel[...]) for g, kernel in zip(self.g, self.a, strict=True)]
+        """The kernels of A, of W[i, i] without S, and of S, for each resolution."""
+
+        def scaled(scales: Any, kernels: Any) -> list[jax.Array]:
+            pairs = zip(scales, kernels, strict=True)
+            return [_root(scale[...]) * _unit(kernel[...]) for scale, kernel in pairs]
+
+        a = scaled(self.g, self.a)
         b = [h[...] * _unit(kernel[...]) for h, kernel in zip(self.h, self.b, strict=True)]
-        pairs = zip(self.s, self.stride, strict=True)
-        return a, b, [_root(s[...]) * _unit(kernel[...]) for s, kernel in pairs]
+        w = [_kernel_of_w(a, b, self.m) for a, b in zip(a, b, strict=True)]
+        return a, w, scaled(self.s, self.stride)
 
     def _down(self, z: jax.Array, kernel: jax.Array) -> jax.Array:
         """The convolution of stride 2 with zeros behind, at the size of the next resolution."""

@@ -97,8 +97,9 @@ class MonDEQ(nnx.Module):
         if operator != "multitier" and len(widths) != 1:
             raise ValueError(f'widths must be one number with operator="{operator}", got {widths}')
         self.image_shape, self.operator = image_shape, operator
-        self.mean, self.std = _of_channels("mean", mean, image_shape), _of_channels(
-            "std", std, image_shape
+        self.mean, self.std = (
+            _of_channels("mean", mean, image_shape),
+            _of_channels("std", std, image_shape),
         )
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {std}")
