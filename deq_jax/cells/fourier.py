@@ -28,26 +28,24 @@ def to_frequencies(z: jax.Array) -> jax.Array:
     """The discrete Fourier transform of `[B, H, W, C]`, as `[F, B, 2 C]`."""
     batch, height, width, channels = z.shape
     half, full = _forward_matrices(height, width)
-    rows = half.shape[0]
-    # Both transforms find the axis that they sum over in front, so nothing is transposed between.
-    grids = z.transpose(1, 2, 0, 3)
-    z = lax.dot_general(_constant(half, z), grids, (((2,), (0,)), ((), ())))  # [K, 2, W, B, C]
-    full = np.broadcast_to(full, (rows, *full.shape))
-    z = lax.dot_general(_constant(full, z), z, (((3, 4), (1, 2)), ((0,), (0,))))  # [K, W, 2, B, C]
-    return z.transpose(0, 1, 3, 2, 4).reshape(rows * width, batch, 2 * channels)
+    rows = len(half) // 2
+    # Both products sum over the axis in front, so nothing is transposed between them.
+    z = _constant(half, z) @ z.transpose(1, 2, 0, 3).reshape(height, -1)  # [K 2, W B C]
+    z = _repeated(full, rows, z) @ z.reshape(rows, 2 * width, -1)  # [K, W 2, B C]
+    z = z.reshape(rows * width, 2, batch, channels).swapaxes(1, 2)
+    return z.reshape(rows * width, batch, 2 * channels)
 
 
 def from_frequencies(y: jax.Array, grid: Grid) -> jax.Array:
     """The grids `[B, H, W, C]` whose transform is `[F, B, 2 C]`."""
     height, width = grid
-    batch, channels = y.shape[1], y.shape[2] // 2
     half, full = _inverse_matrices(height, width)
-    rows = half.shape[0]
-    y = y.reshape(rows, width, batch, 2, channels).transpose(0, 1, 3, 2, 4)
-    full = np.broadcast_to(full, (rows, *full.shape))
-    y = lax.dot_general(_constant(full, y), y, (((3, 4), (1, 2)), ((0,), (0,))))  # [K, 2, W, B, C]
-    y = lax.dot_general(_constant(half, y), y, (((0, 1), (0, 1)), ((), ())))  # [H, W, B, C]
-    return y.transpose(2, 0, 1, 3)
+    rows = half.shape[1] // 2
+    batch, channels = y.shape[1], y.shape[2] // 2
+    y = y.reshape(rows * width, batch, 2, channels).swapaxes(1, 2)
+    y = _repeated(full, rows, y) @ y.reshape(rows, width * 2, -1)  # [K, 2 W, B C]
+    y = _constant(half, y) @ y.reshape(rows * 2, -1)  # [H, W B C]
+    return y.reshape(height, width, batch, channels).transpose(2, 0, 1, 3)
 
 
 def multiply(multiplier: jax.Array, z: jax.Array) -> jax.Array:
@@ -156,6 +154,10 @@ def _constant(matrix: np.ndarray, like: jax.Array) -> jax.Array:
     return jnp.asarray(matrix, like.dtype)
 
 
+def _repeated(matrix: np.ndarray, times: int, like: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(_constant(matrix, like), (times, *matrix.shape))
+
+
 def _waves(size: int) -> Any:
     """`exp(-2πi k n / size)`, `[size, size]`."""
     # The product is taken modulo the size, so that angles are accurate to the last bit.
@@ -172,23 +174,24 @@ def _pairs(matrix: Any) -> np.ndarray:
 
 @functools.cache
 def _forward_matrices(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """From rows to half of their frequencies `[K, 2, H]`, then along columns `[W, 2, 2, W]`."""
+    """From rows to half of their frequencies, `[K 2, H]`, then along columns, `[W 2, 2 W]`."""
     half = _waves(height)[: height // 2 + 1]
-    full = _pairs(_waves(width)).transpose(0, 1, 3, 2)
-    return np.stack([half.real, half.imag], 1), full
+    half = np.stack([half.real, half.imag], 1).reshape(-1, height)
+    full = _pairs(_waves(width)).swapaxes(2, 3)
+    return half, full.reshape(2 * width, 2 * width)
 
 
 @functools.cache
 def _inverse_matrices(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """From half of the rows' frequencies `[K, 2, H]`; along columns before, `[2, W, W, 2]`."""
-    half = _waves(height)[: height // 2 + 1].conj() / height
-    counts = np.full(len(half), 2.0)  # a frequency stands for its conjugate too
+    """From half of the rows' frequencies, `[H, K 2]`; before it along columns, `[2 W, W 2]`."""
+    half = _waves(height)[:, : height // 2 + 1].conj() / height
+    counts = np.full(half.shape[1], 2.0)  # a frequency stands for its conjugate too
     counts[0] = 1.0
     if height % 2 == 0:
         counts[-1] = 1.0
-    half = half * counts[:, np.newaxis]
-    full = _pairs(_waves(width).conj() / width).transpose(1, 0, 2, 3)
-    return np.stack([half.real, -half.imag], 1), full
+    half = np.stack([half.real, -half.imag], 2) * counts[:, np.newaxis]
+    full = _pairs(_waves(width).conj() / width).swapaxes(0, 1)
+    return half.reshape(height, -1), full.reshape(2 * width, 2 * width)
 
 
 @functools.cache
