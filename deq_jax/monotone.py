@@ -1,6 +1,7 @@
 """A layer for monotone cells: the equilibrium by an operator splitting."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -172,3 +173,85 @@ class _SplitCell(CellFunction):
         (params, splitting, resolvent), rest = state
         cell = nnx.merge(self.definition, params, rest, copy=True)
         return splitting.step(cell, resolvent, z, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class AlphaTrial:
+    """One step size that `tune_alpha` tried.
+
+    Attributes:
+        alpha: the step size.
+        evaluations: evaluations that the batch took.
+        converged: every sample met the tolerance.
+    """
+
+    alpha: float
+    evaluations: int
+    converged: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class AlphaSearch:
+    """What `tune_alpha` found.
+
+    Attributes:
+        alpha: the step size that the layer has now.
+        trials: all that were tried, in order.
+    """
+
+    alpha: float
+    trials: tuple[AlphaTrial, ...]
+
+
+def tune_alpha(
+    layer: MonotoneDEQ, x: PyTree, *, largest: float = 1.0, smallest: float = 1e-4
+) -> AlphaSearch:
+    """Looks for the step size with the fewest iterations and gives it to the layer.
+
+    From `largest` on the step size is halved as long as the number of evaluations does not grow,
+    and the last good one is kept. Step sizes with which a sample misses its tolerance are skipped
+    at the beginning and end the search later on. If none is good, the layer keeps its own. The
+    published training does this in each epoch, at its 31st batch and in its middle.
+
+    This runs outside of `jax.jit`, and compiles one solve for all step sizes.
+
+    Args:
+        layer: the layer; its `alpha` is set.
+        x: a batch of inputs of the layer.
+        largest: the step size to begin with.
+        smallest: no smaller one is tried.
+
+    Returns:
+        The step size and all trials.
+
+    Raises:
+        ValueError: `smallest` is not positive, or above `largest`.
+
+    Source: the code of Winston and Kolter, 2020.
+    """
+    if not 0 < smallest <= largest:
+        raise ValueError(
+            f"smallest must be positive and at most largest, got smallest={smallest!r} and "
+            f"largest={largest!r}"
+        )
+    own, best = layer.alpha[...], None
+    trials: list[AlphaTrial] = []
+    alpha = float(largest)
+    while alpha >= smallest:
+        layer.alpha[...] = jnp.asarray(alpha, own.dtype)
+        evaluations, converged = jax.device_get(_try_alpha(*nnx.split(layer), x))
+        trial = AlphaTrial(alpha, int(evaluations), bool(converged))
+        trials.append(trial)
+        if best is not None and not (converged and trial.evaluations <= best.evaluations):
+            break
+        best = trial if converged else best
+        alpha /= 2
+    layer.alpha[...] = own if best is None else jnp.asarray(best.alpha, own.dtype)
+    return AlphaSearch(float(layer.alpha[...]), tuple(trials))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _try_alpha(definition: Any, state: PyTree, x: PyTree) -> tuple[jax.Array, jax.Array]:
+    """The evaluations that a batch takes, and whether all samples converge."""
+    stats = nnx.merge(definition, state)(x, return_stats=True)[1]
+    return stats.evaluations, stats.converged.all()

@@ -32,6 +32,8 @@ PyTree = Any
 
 _SMALLEST_SCALE = 1e-6
 """Scales of A count as at least this, where the derivative of their square root is still finite."""
+_SMALLEST_NORM = 1e-12
+"""Kernels are divided by at least this."""
 
 
 class _MonotoneCell(nnx.Module):
@@ -208,8 +210,7 @@ class _Convolutions(_MonotoneCell):
 
 def _unit(kernel: jax.Array) -> jax.Array:
     """The kernel divided by its Frobenius norm; zero stays zero."""
-    tiny = jnp.finfo(kernel.dtype).tiny
-    return kernel * lax.rsqrt(jnp.maximum(jnp.sum(kernel * kernel), tiny))
+    return kernel * lax.rsqrt(jnp.maximum(jnp.sum(kernel * kernel), _SMALLEST_NORM**2))
 
 
 def _convolve(z: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
