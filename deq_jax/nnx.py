@@ -220,7 +220,7 @@ class DEQ(nnx.Module):
         return returned(z, stats, samples, return_stats, (rest[-1],) if self.has_aux else ())
 
     def _call_at(
-        self, cell: nnx.Module, f: "_Apply", state: PyTree, arguments: tuple[PyTree, ...]
+        self, cell: nnx.Module, f: "CellFunction", state: PyTree, arguments: tuple[PyTree, ...]
     ) -> None:
         """Calls the cell at z*, on the shards of the solve, and keeps the state that it writes."""
         named = sharding.as_axes(self.execution.shard_axis)
@@ -250,11 +250,11 @@ class DEQ(nnx.Module):
 
     def _equation(
         self, cell: nnx.Module, x: PyTree
-    ) -> tuple["_Apply", tuple[PyTree, PyTree], PyTree]:
+    ) -> tuple["CellFunction", tuple[PyTree, PyTree], PyTree]:
         injection = cast(Any, cell).inject(x) if has_injection(cell, self.inject) else x
         definition, *states = nnx.split(cell, nnx.Param, ...)
         params, rest = states
-        return _Apply(definition), (params, rest), injection
+        return CellFunction(definition), (params, rest), injection
 
     def effective_cell(self) -> nnx.Module:
         """The cell as a call of the layer has it: with normalised weights, if it has such.
@@ -295,7 +295,7 @@ _MOST_DEFINITIONS = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class _Apply:
+class CellFunction:
     """The cell as a pure function; equal for equal definitions, so compiled code is found again."""
 
     definition: Any
@@ -311,6 +311,7 @@ class _Apply:
     def __call__(
         self, state: tuple[PyTree, PyTree], z: PyTree, x: PyTree, *step: jax.Array
     ) -> PyTree:
+        """The new state of the cell, `cell(z, x)`."""
         # A copy: the variables of the merged cell may change (random counters, batch statistics)
         # and must not be those of the caller, who lives at another trace level.
         cell = nnx.merge(self.definition, *state, copy=True)
