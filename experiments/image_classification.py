@@ -7,7 +7,8 @@
     python -m experiments.image_classification solver:broyden --solver.memory 10 --optim.lr 2e-3
 
 The first word is a preset: digits (the default), mnist, cifar10, or a published network with its
-published training: mdeq, resdeq, pcdeq, pcdeq_dense. The same command again resumes a
+published training: mdeq, resdeq, mondeq_dense, mondeq_conv, pcdeq1_dense or
+pcdeq1. The same command again resumes a
 run that was interrupted. `--help` lists the settings, `--help-verbose` explains them, and
 `solver:broyden --help` lists those of a choice.
 
@@ -27,6 +28,7 @@ from flax import nnx
 from deq_jax import Broyden, Implicit, Picard, Reversed, Reversible
 from deq_jax.models.conv_deq import ConvDEQ, ExplicitConvNet, WeightTiedConvNet
 from deq_jax.models.mdeq import LARGE, LIPSCHITZ, MDEQ, TINY
+from deq_jax.models.mondeq import PUBLISHED, MonDEQ
 from deq_jax.models.pcdeq import PcDEQ
 from deq_jax.models.resdeq import SMALL, ResDEQ
 from experiments.data.images import ImageDataset, load_images
@@ -108,12 +110,25 @@ class Network(Settings):
                 )
 
 
+def _mondeq(form: str, *, image_shape: tuple[int, int, int], **options: Any) -> MonDEQ:
+    """The published network for images of so many colours."""
+    name = f"{'mnist' if image_shape[-1] == 1 else 'cifar10'}-{form}"
+    if name not in PUBLISHED:
+        raise ValueError(f"{form} was published for other images than those of shape {image_shape}")
+    return MonDEQ(**PUBLISHED[name] | {"image_shape": image_shape} | options)
+
+
 FAMILIES: dict[str, Callable[..., nnx.Module]] = {
     "mdeq": functools.partial(MDEQ, **TINY),
     "mdeq_large": functools.partial(MDEQ, **LARGE),
     "lipschitz_mdeq": functools.partial(MDEQ, **LIPSCHITZ),
     "resdeq": functools.partial(ResDEQ, **SMALL),
     "resdeq_large": ResDEQ,
+    "mondeq_dense": functools.partial(_mondeq, "dense"),
+    "mondeq_conv": functools.partial(_mondeq, "conv"),
+    "mondeq_multitier": functools.partial(_mondeq, "multitier"),
+    "mondeq_conv_large": functools.partial(_mondeq, "conv-large"),
+    "mondeq_multitier_large": functools.partial(_mondeq, "multitier-large"),
     "pcdeq1": functools.partial(PcDEQ, activation="tanh"),
     "pcdeq1_dense": functools.partial(PcDEQ, activation="tanh", form="dense"),
     "pcdeq2": functools.partial(PcDEQ, activation="sigmoid"),
@@ -171,6 +186,14 @@ PRESETS = {
 }
 
 
+_MONDEQ = Config(
+    data=ImageData("mnist"),
+    epochs=40,
+    batch_size=128,
+    eval_batch_size=400,
+    solver=Picard(tol=1e-2, max_iter=300),
+    optim=Optim(drops=(0.25, 0.5, 0.75)),
+)
 _PCDEQ = Config(
     data=ImageData("mnist"),
     epochs=40,
@@ -204,8 +227,10 @@ _RESDEQ = Config(
 PRESETS |= {
     "mdeq": _MDEQ,
     "resdeq": _RESDEQ,
-    "pcdeq": dataclasses.replace(_PCDEQ, model="pcdeq1"),
-    "pcdeq_dense": dataclasses.replace(_PCDEQ, model="pcdeq1_dense"),
+    "mondeq_dense": dataclasses.replace(_MONDEQ, model="mondeq_dense"),
+    "mondeq_conv": dataclasses.replace(_MONDEQ, model="mondeq_conv"),
+    "pcdeq1_dense": dataclasses.replace(_PCDEQ, model="pcdeq1_dense"),
+    "pcdeq1": dataclasses.replace(_PCDEQ, model="pcdeq1"),
 }
 
 

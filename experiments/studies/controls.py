@@ -14,7 +14,7 @@ temporaries of the compiled step.
 
     python -m experiments.studies.controls copy
     python -m experiments.studies.controls language --data-dir DIR --write
-    python -m experiments.studies.controls mnist --data-dir DIR --write --networks "pcDEQ-1, dense"
+    python -m experiments.studies.controls mnist --data-dir DIR --write --networks "monDEQ, dense"
 """
 
 import dataclasses
@@ -65,6 +65,8 @@ _NARROW = ("--network.features=16", "--network.hidden-features=36")
 _RECURRENT = ("--network.features=10",)
 
 _ONE_EPOCH = "--epochs=1"
+_CONSTANT = "--optim.drops=0.999"  # the first epoch of a longer training
+_FEW = ("--data.train=5000", "--epochs=3", "--batch-size=50", "--data.eval=10000")
 
 NETWORKS: dict[str, dict[str, Network]] = {
     "copy": {
@@ -87,13 +89,26 @@ NETWORKS: dict[str, dict[str, Network]] = {
         "explicit, 8 blocks of equal width": Network(("--model=explicit",), _RATES),
     },
     "mnist": {
-        "pcDEQ-1, dense": Network(("pcdeq_dense",), {"preset": ()}),
-        "pcDEQ-2, dense": Network(("pcdeq_dense", "--model=pcdeq2_dense"), {"preset": ()}),
-        "pcDEQ-1, convolution, one epoch": Network(("pcdeq", _ONE_EPOCH), {"preset": ()}),
+        "monDEQ, dense": Network(("mondeq_dense",), {"preset": ()}),
+        "monDEQ, convolution": Network(("mondeq_conv",), {"preset": ()}),
+        "monDEQ, dense, one epoch": Network(
+            ("mondeq_dense", _ONE_EPOCH, _CONSTANT), {"preset": ()}
+        ),
+        "monDEQ, convolution, one epoch": Network(
+            ("mondeq_conv", _ONE_EPOCH, _CONSTANT), {"preset": ()}
+        ),
+        "pcDEQ-1, dense": Network(("pcdeq1_dense",), {"preset": ()}),
+        "pcDEQ-2, dense": Network(("pcdeq1_dense", "--model=pcdeq2_dense"), {"preset": ()}),
+        "pcDEQ-1, convolution, one epoch": Network(("pcdeq1", _ONE_EPOCH), {"preset": ()}),
         "pcDEQ-2, convolution, one epoch": Network(
-            ("pcdeq", "--model=pcdeq2", _ONE_EPOCH), {"preset": ()}
+            ("pcdeq1", "--model=pcdeq2", _ONE_EPOCH), {"preset": ()}
         ),
         "the tutorial's, one epoch": Network(("mnist", _ONE_EPOCH), {"preset": ()}),
+    },
+    "cifar10": {
+        "MDEQ": Network(("mdeq", "--stability.pretrain-steps=60", *_FEW), {"preset": ()}),
+        "ResDEQ": Network(("resdeq", *_FEW), {"preset": ()}),
+        "the tutorial's": Network(("cifar10", *_FEW), {"preset": ()}),
     },
 }
 """What each part of the study trains."""
@@ -102,8 +117,9 @@ SCRIPTS: dict[str, Any] = {
     "copy": copy_memory,
     "language": language_model,
     "mnist": image_classification,
+    "cifar10": image_classification,
 }
-SPLITS = {"copy": "test", "language": "validation", "mnist": "test"}
+SPLITS = {"copy": "test", "language": "validation", "mnist": "test", "cifar10": "test"}
 
 TRIAL: Flags = ("--data.validation=0.1",)
 """A trial in difference from a final training."""
