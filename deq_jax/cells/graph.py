@@ -163,8 +163,10 @@ class Graph:
         # 2.7 ms, BCOO 1.2 and 3.6, padded lists of neighbours 0.7 and 2.6 (Cora: 5 and 30), the
         # dense matrix 43 and 80. The transposed product, 1.0 and 3.4 ms, is that of segment sums,
         # and so are both products on accelerators. `linear_call` with a transposed matrix of its
-        # own would take 0.3 and 1.0, but has no rule for `vmap`, and so no Hessian.
-        return _with_dtype(self.matrix, z.dtype) @ z
+        # own would take 0.3 and 1.0, but has no rule for `vmap`, and so no Hessian. BCSR multiplies
+        # in float32 and wider, in which narrower states had better be summed anyway.
+        wide = accumulation_dtype(z.dtype)
+        return (_with_dtype(self.matrix, wide) @ z.astype(wide)).astype(z.dtype)
 
     def to_dense(self) -> jax.Array:
         """Â as an array `[N, N]`."""
