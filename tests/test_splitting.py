@@ -128,7 +128,9 @@ def test_all_ways_lead_to_the_dense_solution(x64, name):
     expected = np.array([reference.solve(w, row, free) for row in c])
     ways = {
         "PR": MonotoneDEQ(cell, splitting=PeacemanRachford(0.5), solver=EXACT),
-        "FB": MonotoneDEQ(cell, splitting=ForwardBackward(lipschitz_step(w, cells.M)), solver=EXACT),
+        "FB": MonotoneDEQ(
+            cell, splitting=ForwardBackward(lipschitz_step(w, cells.M)), solver=EXACT
+        ),
         "accelerated": MonotoneDEQ(cell, solver=Anderson(tol=1e-12, max_iter=500)),
         "Newton": DEQ(cell, solver=NewtonKrylov(tol=1e-12, max_iter=60)),
     }

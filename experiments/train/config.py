@@ -85,11 +85,10 @@ class Settings:
             for part in (kind, *typing.get_args(kind)):  # `Count` or `Count | None`
                 for allowed in getattr(part, "__metadata__", ()):
                     values = value if isinstance(value, tuple) else (value,)
-                    if isinstance(allowed, Range) and not all(
-                        v is None or v in allowed for v in values
-                    ):
-                        flag = self.prefix + name.replace("_", "-")
-                        raise UsageError(f"--{flag} must be {allowed}, got {value}")
+                    for one in values if isinstance(allowed, Range) else ():
+                        if one is not None and one not in allowed:
+                            flag = self.prefix + name.replace("_", "-")
+                            raise UsageError(f"--{flag} must be {allowed}, got {one}")
 
 
 def choice(name: str, default: Any) -> Any:
