@@ -12,9 +12,9 @@ from experiments.report.trained import read_run
 from experiments.train.config import Optim
 from tests.experiments.training import run
 
-SHAPES = {name: (32, 32, 3) for name in script.FAMILIES} | {
-    name: (28, 28, 1) for name in ("mondeq_dense", "pcdeq1_dense", "pcdeq2_dense")
-}
+SHAPES = dict.fromkeys(script.FAMILIES, (32, 32, 3)) | dict.fromkeys(
+    ("mondeq_dense", "pcdeq1_dense", "pcdeq2_dense"), (28, 28, 1)
+)
 TINY = ["--data.train=200", "--data.eval=100", "--batch-size=20", "--epochs=1", "--run.no-progress"]
 
 
