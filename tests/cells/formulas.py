@@ -49,13 +49,6 @@ def batch_norm(x, weights, statistics=None):
     return y * weights["scale"] + weights["bias"] if weights else y
 
 
-def resnet_cell(weights, z, x, groups, inner_groups):
-    y = relu(conv(z, weights["conv1"]["kernel"]))
-    y = conv(group_norm(y, weights["norm1"], inner_groups), weights["conv2"]["kernel"])
-    branch = group_norm(x + y, weights["norm2"], groups)
-    return group_norm(relu(z + branch), weights["norm3"], groups)
-
-
 def randomise(model, rng, kernel_scale=1.0):
     """Gives every param a random value: kernels N(0, kernel_scale² / fan_in), scales near 1.
 
