@@ -55,7 +55,8 @@ LARGE: dict[str, Any] = {
 
 LIPSCHITZ: dict[str, Any] = {**LARGE, "lipschitz": Lipschitz(), "normalization": None}
 """Options of Lipschitz MDEQ, which is the large one with a bound. Call `project` on its parameters
-after each step of the optimiser."""
+after each step of the optimiser. It goes without weight normalisation: the published code keeps it,
+and computes from it, before the next step, kernels that no projection has touched."""
 
 _STD = 0.01
 """Standard deviation of the initial kernels of stem and head."""

@@ -22,13 +22,14 @@ from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from deq_jax import Anderson, Implicit, Picard
+from deq_jax import Anderson, Implicit, Picard, Unrolled
 from deq_jax.models.conv_deq import ConvDEQ, ExplicitConvNet, WeightTiedConvNet
 from deq_jax.models.deq_transformer import (
     DEQTransformer,
     ExplicitTransformer,
     WeightTiedTransformer,
 )
+from deq_jax.models.mdeq import MDEQ, TINY
 from experiments.studies.tables import Command, Document, Part, Study, markdown_table, origin
 
 PyTree = Any
@@ -101,6 +102,36 @@ def images(config: Config) -> Part:
     }
     inputs = jnp.zeros((config.images, 32, 32, 3))
     title = f"Image network, {config.images} images of 32x32"
+    return {"title": title, **measure(builds, inputs, config)}
+
+
+def multiscale(config: Config) -> Part:
+    """The small MDEQ, the same solver unrolled, and the cell applied so many times."""
+
+    def equilibrium(depth: int) -> nnx.Module:
+        return MDEQ(
+            **TINY,
+            solver=Anderson(tol=0.0, max_iter=depth),
+            gradient=Implicit(),
+            rngs=nnx.Rngs(0),
+        )
+
+    def unrolled(depth: int) -> nnx.Module:
+        solver = Anderson(tol=0.0, max_iter=depth)
+        return MDEQ(**TINY, solver=solver, gradient=Unrolled(), rngs=nnx.Rngs(0))
+
+    def tied(depth: int) -> nnx.Module:
+        # Picard returns one of the points at which it evaluates the cell, and starts at zero.
+        solver = Picard(tol=0.0, max_iter=depth + 1)
+        return MDEQ(**TINY, solver=solver, gradient=Unrolled(), rngs=nnx.Rngs(0))
+
+    builds: dict[str, Build] = {
+        "DEQ, Anderson": equilibrium,
+        "Anderson, unrolled": unrolled,
+        "weight-tied": tied,
+    }
+    inputs = jnp.zeros((config.images, 32, 32, 3))
+    title = f"Multiscale network (MDEQ tiny), {config.images} images of 32x32"
     return {"title": title, **measure(builds, inputs, config)}
 
 
@@ -189,6 +220,7 @@ def ratios(part: Part) -> str:
 _STYLES: dict[str, dict[str, Any]] = {
     "DEQ, Anderson": {"color": "black", "linewidth": 2.2},
     "DEQ, Picard": {"color": "black", "linewidth": 2.2, "linestyle": "--"},
+    "Anderson, unrolled": {"color": "tab:green"},
     "weight-tied": {"color": "tab:blue"},
     "weight-tied, remat": {"color": "tab:blue", "linestyle": "--"},
     "explicit": {"color": "tab:orange", "linestyle": ":"},
@@ -223,7 +255,7 @@ def draw(document: Document) -> dict[str, Figure]:
 
 
 STUDY = Study("memory", render, draw)
-MEASURES = {"language": language, "images": images}
+MEASURES = {"language": language, "images": images, "multiscale": multiscale}
 
 
 if __name__ == "__main__":
