@@ -22,7 +22,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from deq_jax import Anderson, Implicit, Picard, Unrolled
+from deq_jax import Anderson, GradientPolicy, Implicit, Picard, Unrolled
 from deq_jax.models.conv_deq import ConvDEQ, ExplicitConvNet, WeightTiedConvNet
 from deq_jax.models.deq_transformer import (
     DEQTransformer,
@@ -106,33 +106,41 @@ def images(config: Config) -> Part:
 
 
 def multiscale(config: Config) -> Part:
-    """The small MDEQ, the same solver unrolled, and the cell applied so many times."""
+    """The small MDEQ, its cell applied so many times, and the solvers unrolled.
 
-    def equilibrium(depth: int) -> nnx.Module:
-        return MDEQ(
-            **TINY,
-            solver=Anderson(tol=0.0, max_iter=depth),
-            gradient=Implicit(),
-            rngs=nnx.Rngs(0),
-        )
+    `Unrolled()` computes evaluations again in the backward pass, see `deq_jax.unrolling`.
+    """
 
-    def unrolled(depth: int) -> nnx.Module:
-        solver = Anderson(tol=0.0, max_iter=depth)
-        return MDEQ(**TINY, solver=solver, gradient=Unrolled(), rngs=nnx.Rngs(0))
-
-    def tied(depth: int) -> nnx.Module:
-        # Picard returns one of the points at which it evaluates the cell, and starts at zero.
-        solver = Picard(tol=0.0, max_iter=depth + 1)
-        return MDEQ(**TINY, solver=solver, gradient=Unrolled(), rngs=nnx.Rngs(0))
+    def layer(depth: int, solver: Callable[..., Any], gradient: GradientPolicy) -> MDEQ:
+        solver = solver(tol=0.0, max_iter=depth)
+        return MDEQ(**TINY, solver=solver, gradient=gradient, rngs=nnx.Rngs(0))
 
     builds: dict[str, Build] = {
-        "DEQ, Anderson": equilibrium,
-        "Anderson, unrolled": unrolled,
-        "weight-tied": tied,
+        "DEQ, Anderson": lambda depth: layer(depth, Anderson, Implicit()),
+        "weight-tied": lambda depth: _Applied(layer(depth, Picard, Implicit()), depth),
+        # Picard returns a point at which it evaluates the cell, and the first is zero.
+        "weight-tied, remat": lambda depth: layer(depth + 1, Picard, Unrolled()),
+        "Anderson, unrolled": lambda depth: layer(depth, Anderson, Unrolled()),
     }
     inputs = jnp.zeros((config.images, 32, 32, 3))
     title = f"Multiscale network (MDEQ tiny), {config.images} images of 32x32"
     return {"title": title, **measure(builds, inputs, config)}
+
+
+class _Applied(nnx.Module):
+    """A network whose core is the cell applied `depth` times, with ordinary backpropagation."""
+
+    def __init__(self, model: MDEQ, depth: int):
+        self.model, self.depth = model, depth
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits `[B, classes]`."""
+        injection = self.model.injection(images)
+        f, params, x = self.model.core.equation(injection)
+        z = self.model.zeros(injection)
+        for _ in range(self.depth):
+            z = f(params, z, x)
+        return self.model.classify(z)
 
 
 def measure(builds: Mapping[str, Build], inputs: jax.Array, config: Config) -> Part:
