@@ -186,7 +186,7 @@ class MDEQ(EquilibriumClassifier):
             **made,
         )
         if lipschitz is not None:
-            cell.project(self.state_shape)
+            cell.constrain(self.state_shape)
         self.core = DEQ(
             cell,
             solver=solver,
@@ -226,7 +226,7 @@ class MDEQ(EquilibriumClassifier):
             return params
         definition, *states = nnx.split(self, nnx.Param, ...)
         model = nnx.merge(definition, params, states[1], copy=True)
-        model.core.cell.project(self.state_shape)
+        model.core.cell.constrain(self.state_shape)
         leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
 

@@ -204,7 +204,7 @@ def projector(cell, size):
     @jax.jit
     def project(params):
         cell = nnx.merge(definition, params, rest, copy=True)
-        cell.project(size)
+        cell.constrain(size)
         return nnx.state(cell, nnx.Param), cell.lipschitz_bound(size)
 
     return project
@@ -308,7 +308,7 @@ def test_a_thousand_random_weights(x64):
     def solved(key):
         own, x = draw(key)
         cell = nnx.merge(definition, own, rest, copy=True)
-        cell.project(size)
+        cell.constrain(size)
         projected = nnx.state(cell, nnx.Param)
 
         def f(params, z, x):
