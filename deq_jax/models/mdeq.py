@@ -55,7 +55,8 @@ LARGE: dict[str, Any] = {
 
 LIPSCHITZ: dict[str, Any] = {**LARGE, "lipschitz": Lipschitz(), "normalization": None}
 """Options of Lipschitz MDEQ, which is the large one with a bound. Call `project` on its parameters
-after each step of the optimiser."""
+after each step of the optimiser. It goes without weight normalisation: the published code keeps it,
+and computes from it, before the next step, kernels that no projection has touched."""
 
 _STD = 0.01
 """Standard deviation of the initial kernels of stem and head."""
@@ -185,7 +186,7 @@ class MDEQ(EquilibriumClassifier):
             **made,
         )
         if lipschitz is not None:
-            cell.project(self.state_shape)
+            cell.constrain(self.state_shape)
         self.core = DEQ(
             cell,
             solver=solver,
@@ -225,7 +226,7 @@ class MDEQ(EquilibriumClassifier):
             return params
         definition, *states = nnx.split(self, nnx.Param, ...)
         model = nnx.merge(definition, params, states[1], copy=True)
-        model.core.cell.project(self.state_shape)
+        model.core.cell.constrain(self.state_shape)
         leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
 

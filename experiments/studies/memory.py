@@ -22,13 +22,14 @@ from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from deq_jax import Anderson, Implicit, Picard
+from deq_jax import Anderson, GradientPolicy, Implicit, Picard, Unrolled
 from deq_jax.models.conv_deq import ConvDEQ, ExplicitConvNet, WeightTiedConvNet
 from deq_jax.models.deq_transformer import (
     DEQTransformer,
     ExplicitTransformer,
     WeightTiedTransformer,
 )
+from deq_jax.models.mdeq import MDEQ, TINY
 from experiments.studies.tables import Command, Document, Part, Study, markdown_table, origin
 
 PyTree = Any
@@ -102,6 +103,44 @@ def images(config: Config) -> Part:
     inputs = jnp.zeros((config.images, 32, 32, 3))
     title = f"Image network, {config.images} images of 32x32"
     return {"title": title, **measure(builds, inputs, config)}
+
+
+def multiscale(config: Config) -> Part:
+    """The small MDEQ, its cell applied so many times, and the solvers unrolled.
+
+    `Unrolled()` computes evaluations again in the backward pass, see `deq_jax.unrolling`.
+    """
+
+    def layer(depth: int, solver: Callable[..., Any], gradient: GradientPolicy) -> MDEQ:
+        solver = solver(tol=0.0, max_iter=depth)
+        return MDEQ(**TINY, solver=solver, gradient=gradient, rngs=nnx.Rngs(0))
+
+    builds: dict[str, Build] = {
+        "DEQ, Anderson": lambda depth: layer(depth, Anderson, Implicit()),
+        "weight-tied": lambda depth: _Applied(layer(depth, Picard, Implicit()), depth),
+        # Picard returns a point at which it evaluates the cell, and the first is zero.
+        "weight-tied, remat": lambda depth: layer(depth + 1, Picard, Unrolled()),
+        "Anderson, unrolled": lambda depth: layer(depth, Anderson, Unrolled()),
+    }
+    inputs = jnp.zeros((config.images, 32, 32, 3))
+    title = f"Multiscale network (MDEQ tiny), {config.images} images of 32x32"
+    return {"title": title, **measure(builds, inputs, config)}
+
+
+class _Applied(nnx.Module):
+    """A network whose core is the cell applied `depth` times, with ordinary backpropagation."""
+
+    def __init__(self, model: MDEQ, depth: int):
+        self.model, self.depth = model, depth
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits `[B, classes]`."""
+        injection = self.model.injection(images)
+        f, params, x = self.model.core.equation(injection)
+        z = self.model.zeros(injection)
+        for _ in range(self.depth):
+            z = f(params, z, x)
+        return self.model.classify(z)
 
 
 def measure(builds: Mapping[str, Build], inputs: jax.Array, config: Config) -> Part:
@@ -189,6 +228,7 @@ def ratios(part: Part) -> str:
 _STYLES: dict[str, dict[str, Any]] = {
     "DEQ, Anderson": {"color": "black", "linewidth": 2.2},
     "DEQ, Picard": {"color": "black", "linewidth": 2.2, "linestyle": "--"},
+    "Anderson, unrolled": {"color": "tab:green"},
     "weight-tied": {"color": "tab:blue"},
     "weight-tied, remat": {"color": "tab:blue", "linestyle": "--"},
     "explicit": {"color": "tab:orange", "linestyle": ":"},
@@ -223,7 +263,7 @@ def draw(document: Document) -> dict[str, Figure]:
 
 
 STUDY = Study("memory", render, draw)
-MEASURES = {"language": language, "images": images}
+MEASURES = {"language": language, "images": images, "multiscale": multiscale}
 
 
 if __name__ == "__main__":
