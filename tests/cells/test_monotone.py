@@ -192,7 +192,9 @@ def test_injection_and_border(x64, name):
     free = [reference.inside(leaf.shape[1:3], leaf.shape[3]) for leaf in jax.tree.leaves(z)]
     preactivation = matrix_of(p, cell) @ pack(z)[0] + pack(injection)[0]
     expected = np.where(np.concatenate(free), np.maximum(preactivation, 0), 0)
-    np.testing.assert_allclose(pack(apply(definition, state, z, injection))[0], expected, atol=1e-12)
+    np.testing.assert_allclose(
+        pack(apply(definition, state, z, injection))[0], expected, atol=1e-12
+    )
 
 
 def test_dense_cell_is_the_formula(x64):
