@@ -106,7 +106,7 @@ class MonotoneDEQ(DEQ):
         """
         return self.splitting.prepare(self.cell)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         x: PyTree,
         z0: PyTree | None = None,
