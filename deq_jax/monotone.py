@@ -33,14 +33,13 @@ class MonotoneDEQ(DEQ):
     (see `deq_jax.splitting`). The solver iterates T, the gradient policy differentiates T, and
     residuals, tolerances and counts are those of T on its own state u. Output and arguments are z.
     `Picard()` with `PeacemanRachford()` converges for every cell of `deq_jax.cells.monotone` and
-    all values of its parameters.
+    all values of its parameters, forwards and backwards.
 
     The resolvent is computed once a call, before the loop, and serves the backward pass too. For
     many batches with the same parameters, `layer.resolvent()` computes it once for all of them.
 
-    `equation(x)` is T with its parameters and input. Products with the Jacobian of T are the same
-    at z* as at u*, because that Jacobian depends on the sign of the state alone. `state(z, x)` is
-    the u that belongs to z.
+    `equation(x)` is T with its parameters and input. `state(z, x)` is the u that belongs to z. The
+    Jacobian of T is the same at z* as at u*, since it depends on which entries are positive alone.
 
     Attributes:
         cell: a cell of `deq_jax.cells.monotone`, or another module with an `inject` and the four
@@ -102,11 +101,13 @@ class MonotoneDEQ(DEQ):
     def resolvent(self) -> PyTree:
         """The arrays of the resolvent of the present parameters and step size.
 
-        Give them to calls as `resolvent=`. They are wrong as soon as either changes.
+        Give them to calls as `resolvent=`. They are wrong as soon as either changes. A gradient
+        with respect to the parameters passes through them. So a function that is differentiated
+        has to make them itself, or leave them to the layer.
         """
         return self.splitting.prepare(self.cell)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         x: PyTree,
         z0: PyTree | None = None,

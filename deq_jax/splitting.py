@@ -86,7 +86,7 @@ class MonotoneOperator(Protocol):
 
 @runtime_checkable
 class Splitting(Protocol):
-    """A fixed-point equation `u = T(u)` that solves `z = activation(W z + c)`.
+    """A fixed-point equation `u = T(u)` that solves `z = activation(W z + c)`; a dataclass.
 
     Attributes:
         alpha: the step size α > 0. The solution does not depend on α; the number of iterations
@@ -115,10 +115,11 @@ class Splitting(Protocol):
 
 def check_splitting(splitting: Any) -> None:
     """Raises a TypeError unless the argument is a splitting."""
-    if isinstance(splitting, type) or not isinstance(splitting, Splitting):
+    fits = isinstance(splitting, Splitting) and dataclasses.is_dataclass(splitting)
+    if isinstance(splitting, type) or not fits:
         raise TypeError(
-            "splitting must be PeacemanRachford(...), ForwardBackward(...) or an object with "
-            f"alpha, prepare, step, solution and start; got {splitting!r}"
+            "splitting must be PeacemanRachford(...), ForwardBackward(...) or a frozen dataclass "
+            f"with alpha, prepare, step, solution and start; got {splitting!r}"
         )
 
 
@@ -168,9 +169,14 @@ class ForwardBackward:
 class PeacemanRachford:
     """Peaceman-Rachford splitting, `T(u) = 2 V (w + α c) - w` with `w = 2 activation(u) - u`.
 
-    T is computed as `R (w + α c) + α c` with `R = 2 V - I`, which is the same. Iteration converges
-    for every α > 0, at a rate that depends on α: R contracts by a factor below 1, and `u -> w`
-    lengthens no difference. With `Picard(damping=0.5)` it is Douglas-Rachford splitting.
+    T is computed as `R (w + α c) + α c` with `R = 2 V - I`, which is the same. Differences of u do
+    not grow in w, and R shrinks them. With m the strong monotonicity and `L = ‖I - W‖`, an error
+    shrinks in each iteration by a factor of at most
+
+        √(1 - 4 α m / (1 + α L)²),
+
+    so that iteration converges for every α > 0. This bound is smallest for α = 1/L, where it is
+    √(1 - m/L). With `Picard(damping=0.5)` the iteration is Douglas-Rachford splitting.
 
     Backwards `Implicit` solves `v = Jᵀ v + y` with `J = R (2 D - I)`, D the derivative of the
     activation. The published backward iteration, `q = Rᵀ (2 D (q + α g) - q)`, computes the same

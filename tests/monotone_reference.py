@@ -59,7 +59,7 @@ def multitier(p, m, grids):
     s = [root(p["s"][i]) * strided(unit(p["stride"][i]), grids[i]) for i in range(count - 1)]
     sizes = [len(matrix) for matrix in a]
     at = np.cumsum([0, *sizes])
-    w = np.zeros((at[-1], at[-1]), a[0].dtype)
+    w = np.zeros((at[-1], at[-1]), np.result_type(*a, *b, *s))
     for i in range(count):
         block = slice(at[i], at[i + 1])
         w[block, block] = (1 - m) * np.eye(sizes[i]) - a[i].T @ a[i] + b[i] - b[i].T
@@ -99,7 +99,7 @@ def solve(w, c, free):
         newton = np.linalg.solve(identity - j @ w, j @ c)
         again = free & (w @ newton + c > 0)
         if (again == positive).all():
-            return newton
+            return np.where(positive, newton, 0)
         for _ in range(20):
             z = np.where(free, np.maximum(z + step * (w @ z + c - z), 0), 0)
     raise AssertionError("no solution found")

@@ -7,9 +7,13 @@ multiplier, a complex matrix at each frequency, is a real one `[F, 2 C, 2 C]` he
 convolution is one batched matrix product, its transpose is the product with transposed matrices,
 and JAX transposes all of it.
 
-The transforms are products with constant matrices (see `to_frequencies`). On grids of some tens of
-points this is as fast on a CPU as XLA's FFT, which wants the grid in the last axes, and its layout
-is that of the batched products.
+The transforms are products with constant matrices, whose results have the layout of the next
+product, and whose transposes by JAX have it too. On a CPU this is faster than XLA's FFT on grids of
+some tens of points. A multiplier at 54 channels, 30x30 points and batch 128 took 168 ms of CPU time
+(float32, medians of 15 interleaved turns on 2 cores that other programs used too; its transpose
+167 ms). With complex products between these transforms it took 179 ms (183 ms), with
+`jnp.fft.rfft2` and complex products 217 to 250 ms (221 ms), and with `rfft2` and real products 261
+ms (226 ms).
 """
 
 import functools
