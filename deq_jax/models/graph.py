@@ -69,7 +69,8 @@ class _GraphNet(nnx.Module):
     def project(self, params: PyTree) -> PyTree:
         """`params`, the model's `nnx.Param` state, with each parameter in the set of its cell.
 
-        Call it after each step of an optimiser. Only the matrix of an `IGNNCell` is bounded.
+        Call it after each step of an optimiser. It bounds the matrices of `IGNNCell` and
+        `MonotoneGraphCell`.
         """
         return params
 
@@ -115,8 +116,9 @@ class ImplicitGraphNet(_GraphNet):
         in_features: width of the features.
         num_classes: number of logits.
         cell: an `IGNNCell`, `EIGNNCell` or `MonotoneGraphCell`, or another cell with their methods.
-        normalize: divide the state of each node by its length, in front of the head. For graphs
-            in which the state becomes small with the distance from where information comes in.
+        normalize: divide the state of each node by its length, `z / sqrt(‖z‖² + 1e-12)`, in front
+            of the head. For graphs in which the state becomes small with the distance from where
+            information comes in.
         solver: as for `deq_fixed_point`. The default is sure to converge for the three cells, if
             `max_iter` is large enough.
         gradient: as for `deq_fixed_point`.
@@ -168,9 +170,8 @@ class ImplicitGraphNet(_GraphNet):
     def classify(self, z: jax.Array) -> jax.Array:
         """Logits `[N, num_classes]` from the core's output."""
         if self.normalize:
-            square = jnp.sum(z * z, axis=-1, keepdims=True)
-            # The length of a state of zeros has no derivative.
-            z = z * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+            # A state far below 1e-6 is not known better than zero, and keeps its derivative finite.
+            z = z * jax.lax.rsqrt(jnp.sum(z * z, axis=-1, keepdims=True) + 1e-12)
         return self._apply(self.head, z)
 
     @overload
