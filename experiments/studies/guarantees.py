@@ -119,7 +119,7 @@ def _monotone(cell: Any, x: jax.Array, key: jax.Array) -> Outcome:
 
 def _lipschitz(cell: Any, x: jax.Array, key: jax.Array) -> Outcome:
     size = x.shape[1:3]
-    cell.project(size)
+    cell.constrain(size)
     zeros = cell.zeros(x)
     solution = _solve(cell, x, zeros)
     bound = cell.lipschitz_bound(size)
