@@ -150,6 +150,17 @@ def test_the_guide_to_loops_runs():
     assert names["state"].done
 
 
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["families", "guarantees"])
+def test_the_guides_to_families_run(page, capsys):
+    guide = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python.*?\n(.*?)```", guide, flags=re.DOTALL):
+        exec(compile(block, f"docs/{page}.md", "exec"), {})
+    shape = {"families": "(2, 10)", "guarantees": "(3, 8)"}[page]
+    assert shape in capsys.readouterr().out
+
+
 PAGES_ON_DEVICES = ("scaling", "partitioning", "scaling_layers")
 
 
