@@ -25,7 +25,7 @@ from deq_jax.cells.monotone import (
 from deq_jax.execution import Execution
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
-from deq_jax.monotone import MonotoneDEQ
+from deq_jax.monotone import AlphaSearch, MonotoneDEQ, tune_alpha
 from deq_jax.partitioning import logical_axes
 from deq_jax.solve import Solver
 from deq_jax.solvers.picard import Picard
@@ -197,6 +197,14 @@ class MonDEQ(nnx.Module):
         mean, std = (jnp.asarray(values, images.dtype) for values in (self.mean, self.std))
         images = (images - mean) / std
         return images.reshape(len(images), -1) if self.operator == "dense" else images
+
+    def tune(self, images: jax.Array) -> AlphaSearch:
+        """Gives the core the step size that takes fewest iterations; see `tune_alpha`.
+
+        Args:
+            images: `[B, H, W, C]`.
+        """
+        return tune_alpha(self.core, self.injection(images))
 
     def zeros(self, injection: jax.Array) -> PyTree:
         """The state of zeros that a solve starts from."""

@@ -31,6 +31,7 @@ from experiments.train.step import (
     make_evaluate_batch,
     make_train_step,
     network_inputs,
+    split_model,
     state_shardings,
 )
 
@@ -179,6 +180,7 @@ def fit(
     shows = processes.is_first()
     steps_per_epoch = dataset.steps_per_epoch(config.batch_size)
     steps = config.epochs * steps_per_epoch
+    tunes_at = (min(30, steps_per_epoch // 4), steps_per_epoch // 2)
     schedule, optimizer = config.optim.schedule(steps), config.optim.optimizer(steps)
 
     @functools.cache
@@ -251,6 +253,10 @@ def fit(
                     phase = training_phase(config, step, steps) if config.stability else None
                     limits = phase and phase.limits
                     batch = place_batch(batch, mesh)
+                    # Some layers have a step size that follows the weights.
+                    if hasattr(model, "tune") and step % steps_per_epoch in tunes_at:
+                        rest = tuned(model, state, batch, dataset.white)
+                        state = state._replace(rest=place(rest, shardings and shardings.rest))
                     state, loss = compiled_step(phase)(state, batch, limits)
                     progress.position += 1
                     # Waiting for the step before keeps the device busy with this one, and keeps
@@ -313,6 +319,13 @@ def trained_model(config: TrainingConfig, model: Any, state: TrainState) -> Any:
     """The network with the values of a state, in evaluation mode."""
     definition = definition_of(model, evaluation_phase(config, 0), training=False)
     return nnx.merge(definition, state.params, state.rest, copy=True)
+
+
+def tuned(model: Any, state: TrainState, batch: Batch, white: int) -> Any:
+    """All values of the network but its parameters, after `model.tune` on a batch."""
+    model = nnx.merge(nnx.graphdef(model), state.params, state.rest, copy=True)
+    model.tune(network_inputs(batch, None, white))
+    return split_model(model)[2]
 
 
 def look(state: TrainState, progress: Progress) -> Totals:

@@ -58,6 +58,9 @@ def test_a_run_and_its_report(tmp_path, monkeypatch):
     ended = run(script, *flags, f"--run.dir={tmp_path / 'run'}")
     assert ended.code == 0, ended.errors
     assert "model: mondeq_dense, " in ended.output
+    # The step size is tuned in the middle of the epoch, by halves.
+    alpha = float(read_run(tmp_path / "run").model.core.alpha[...])
+    assert alpha in (0.5, 0.25, 0.125)
     monkeypatch.setattr("experiments.report.measure.BUDGETS", (5,))
     report = run(diagnose, f"--run={tmp_path / 'run'}", "--examples=40")
     assert report.code == 0, report.errors
