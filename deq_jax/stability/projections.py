@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from deq_jax.tree import accumulation_dtype
 
@@ -235,7 +236,8 @@ def lipschitz_convolution(kernel: jax.Array, spatial_shape: tuple[int, ...]) -> 
 
     It is the norm of the circular convolution on a torus of `size + taps - 1` points along each
     axis: the largest singular value, over the torus's frequencies ω, of the matrices
-    `Σ_d K[d] exp(-i ω·d)`, `[in, out]`.
+    `Σ_d K[d] exp(-i ω·d)`, `[in, out]`. What is returned is not below it, and above it by 1e-5 of
+    it at most.
 
     Proof that it is a bound: put the image on the torus with zeros behind it (an isometry),
     convolve there, and keep the points that are asked for (norm at most 1); with `taps - 1` zeros
@@ -266,13 +268,42 @@ def lipschitz_convolution(kernel: jax.Array, spatial_shape: tuple[int, ...]) -> 
     torus = [size + tap - 1 for size, tap in zip(spatial_shape, taps, strict=True)]
     wide = kernel.astype(accumulation_dtype(kernel.dtype))
     # Half of the frequencies will do: a real kernel's others are their conjugates. And the Gram
-    # matrix: it is the small singular values that lose accuracy by the squaring.
+    # matrix: it is the small singular values that lose accuracy in it.
     symbol = jnp.fft.rfftn(wide, torus, axes=range(len(taps)))
     adjoint = symbol.conj().swapaxes(-1, -2)
     narrow = symbol.shape[-2] < symbol.shape[-1]
     factors = (symbol, adjoint) if narrow else (adjoint, symbol)
     gram = jnp.matmul(*factors, precision="highest")
-    return jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram).max(), 0))
+    return jnp.sqrt(_largest_eigenvalue(gram).max())
+
+
+_SQUARINGS = 20
+
+
+def _largest_eigenvalue(gram: jax.Array) -> jax.Array:
+    """`tr(Gᵐ)^(1/m)`, m = 2²⁰, of positive semidefinite matrices `[..., n, n]`.
+
+    It is not below the largest eigenvalue, and at most `n^(1/m)` times as large, for 1,000 channels
+    7e-6 more. It takes products of matrices only. Eigenvalue problems are slow on accelerators, and
+    two batches of them in one program can block each other on a CPU for ever: jaxlib 0.10.2 spreads
+    each over the threads of XLA's pool, and waits for them on such a thread.
+    """
+
+    def scaled(power: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The matrices divided by their traces, and the logarithms of these; zeros stay zeros."""
+        trace = jnp.trace(power, axis1=-2, axis2=-1).real
+        usable = jnp.where(trace <= 0, 1, trace)
+        return power / usable[..., None, None].astype(power.dtype), jnp.log(usable)
+
+    def square(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        # Gᵐ is exp(logarithm) · power.
+        power, logarithm = carry
+        power, more = scaled(jnp.matmul(power, power, precision="highest"))
+        return power, 2 * logarithm + more
+
+    power, logarithm = lax.fori_loop(0, _SQUARINGS, square, scaled(gram))
+    trace = jnp.trace(power, axis1=-2, axis2=-1).real
+    return jnp.where(trace <= 0, 0, jnp.exp(logarithm / 2**_SQUARINGS))
 
 
 def project_convolution(

@@ -177,6 +177,19 @@ def test_convolution_bound_against_the_dense_matrix(name):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("channels", [(1, 1), (3, 40), (40, 3)])
+def test_convolution_bound_is_the_circular_norm(channels):
+    """Singular values by NumPy; many channels and gaps between singular values of all sizes."""
+    kernel = normal(3, 1, *channels)
+    symbols = np.fft.fftn(kernel, (8, 4), axes=(0, 1))
+    expected = np.linalg.norm(symbols, 2, axis=(-2, -1)).max()
+    bound = float(jax.jit(lipschitz_convolution, static_argnums=1)(jnp.asarray(kernel), (6, 4)))
+    assert expected * (1 - 1e-12) <= bound <= expected * (1 + 1e-5)
+    assert lipschitz_convolution(jnp.zeros((3, 3, 2, 2)), (4, 4)) == 0
+    assert np.isnan(lipschitz_convolution(jnp.full((3, 3, 2, 2), jnp.nan), (4, 4)))
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_projected_convolution(dtype):
     kernel, size = jnp.asarray(normal(3, 3, 2, 2), dtype), (4, 4)
