@@ -164,6 +164,11 @@ class Config(TrainingConfig):
                 f"--model {self.model} has its own normalization and start; choose "
                 "stability.normalization:none and --stability.start zeros, cell or mixed"
             )
+        if self.model.startswith("resdeq") and tools.correction_states > 1:
+            raise UsageError(
+                "--stability.correction-states must be 1 with --model resdeq, whose four solves "
+                f"have no states in common, got {tools.correction_states}"
+            )
 
 
 PRESETS = {
