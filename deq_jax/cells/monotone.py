@@ -468,15 +468,16 @@ class MonotoneMultiTierCell(_Convolutions):
         a, w, strides = self._kernels()
         alpha = checks.in_dtype(alpha, a[0].dtype)
         tiers: list[_TierResolvent | jax.Array] = []
+        before: jax.Array | None = None
         for i, grid in enumerate(self.grids):
-            inverse = fourier.inverse(_diagonal(w[i], alpha, grid))
+            inverse = fourier.inverse(_after(before, _diagonal(w[i], alpha, grid)))
             if i == len(strides):
                 tiers.append(fourier.real_matrices(inverse))
                 continue
             stride = fourier.kernel_frequencies(strides[i] * jnp.sqrt(alpha / 4), grid)
             down, up = stride @ inverse, inverse @ fourier.conjugate_transpose(stride)
             gram = fourier.fold(stride @ up, grid, real_pairs=False)
-            coarse = fourier.inverse(jnp.eye(gram.shape[-1], dtype=gram.dtype) + gram)
+            before = coarse = fourier.inverse(jnp.eye(gram.shape[-1], dtype=gram.dtype) + gram)
             tiers.append(
                 _TierResolvent(
                     inverse=fourier.real_matrices(inverse),
@@ -531,6 +532,18 @@ class MonotoneMultiTierCell(_Convolutions):
         """The convolution of stride 2 with zeros behind, at the size of the next resolution."""
         p = self.border
         return jnp.pad(_convolve(z, kernel, 2), ((0, 0), (0, p), (0, p), (0, 0)))
+
+
+def _after(before: jax.Array | None, matrices: jax.Array) -> jax.Array:
+    """The matrices, which XLA computes only when `before` is there.
+
+    On CPUs two of jaxlib's batched factorisations at the same time can wait for each other for ever
+    (jaxlib 0.10.2 on two cores): each waits for tasks on threads that the other one holds.
+    """
+    if before is None:
+        return matrices
+    # XLA does not simplify the product, since it is NaN where `before` is not finite.
+    return matrices + 0 * lax.stop_gradient(before[0, 0, 0])
 
 
 def _strided_gram(z: jax.Array, kernel: jax.Array) -> jax.Array:

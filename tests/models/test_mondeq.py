@@ -159,3 +159,22 @@ def test_errors_say_what_is_wrong(options, message):
         MonDEQ(**{**SMALL, **options}, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"images must have shape \[B, 4, 6, 2\]"):
         build("dense")(jnp.zeros((1, 4, 6, 1)))
+
+
+@pytest.mark.slow
+def test_resolvent_at_the_published_size():
+    # Factorisations of several resolutions at once waited for each other on two cores.
+    model = MonDEQ(**PUBLISHED["mnist-multitier"], rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(1)
+    shapes = [(1, 30, 30, 16), (1, 16, 16, 32), (1, 9, 9, 32)]
+    z = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+    @jax.jit
+    def round_trip(model, z):
+        cell = model.core.cell
+        wz = cell.multiply(z)
+        moved = jax.tree.map(lambda z, wz: 2 * z - wz, z, wz)
+        return cell.apply_resolvent(cell.resolvent(1.0), moved)
+
+    for found, expected in zip(round_trip(model, z), z, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
