@@ -485,7 +485,8 @@ class MonotoneGraphCell(_GraphCell):
         product = jnp.matmul(identity + skew, factor, precision="highest")
         weight = (1 - self.monotonicity) * identity
         weight -= jnp.matmul(factor.T, product, precision="highest")
-        norms = [jnp.linalg.norm(lax.stop_gradient(matrix), 2) for matrix in (factor, skew)]
+        # In one call: under vmap, two at once can wait for each other for good in jaxlib 0.10.2.
+        norms = jnp.linalg.norm(lax.stop_gradient(jnp.stack([factor, skew])), 2, (1, 2))
         bound = norms[0] ** 2 * (1 + norms[1] ** 2)
         return weight, 2 / (2 + bound)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from deq_jax import Status
-from deq_jax.cells.multiscale import Lipschitz, MultiscaleCell
+from deq_jax.cells import IGNNCell
 from experiments.studies.guarantees import FAMILIES, draw
 
 DRAWS = 30
@@ -22,8 +22,12 @@ def test_every_draw_converges_within_the_bound(name):
     assert excess.max() <= 1 + 1e-9
 
 
-def test_a_projection_that_bounds_nothing_is_found_out():
-    published = Lipschitz(projection="matrix", kernel_norm=8.0)
-    build = functools.partial(MultiscaleCell, (2, 2), expansion=1, groups=1, lipschitz=published)
-    _, excess = draw(dataclasses.replace(FAMILIES["Lipschitz MDEQ"], build=build), DRAWS)
+def test_weights_outside_of_the_set_are_found_out():
+    class Unprojected(IGNNCell):
+        def project(self, params):
+            return params
+
+    family = dataclasses.replace(FAMILIES["IGNN"], build=functools.partial(Unprojected, 4))
+    stats, excess = draw(family, DRAWS)
+    assert (stats.status != Status.CONVERGED).any()
     assert excess.max() > 1
