@@ -290,7 +290,7 @@ def train_step(
     )(params, probe)
     updates, moments = _ADAM.update(gradient, moments, params)
     # A solve whose weights are not numbers returns its start, and the loss looks finite.
-    value = jnp.where(jnp.isfinite(optax.global_norm(updates)), value, jnp.nan)
+    value = jnp.where(jnp.isfinite(optax.tree.norm(updates)), value, jnp.nan)
     params = model.project(optax.apply_updates(params, updates))
     return (params, rest, moments), value, stats, report
 
@@ -334,7 +334,7 @@ def fit(config: Config, dataset: GraphDataset) -> tuple[Any, list[Record], Recor
     """
     model = build_model(config, dataset)
     definition, params, rest = nnx.split(model, nnx.Param, ...)
-    moments = _ADAM.init(params)
+    moments = cast(Any, _ADAM.init(params))
     rates = {"learning_rate": config.lr, "weight_decay": config.weight_decay}
     moments.hyperparams.update({name: jnp.float32(rate) for name, rate in rates.items()})
     state = params, rest, moments

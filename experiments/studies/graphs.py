@@ -27,14 +27,14 @@ from experiments.graph_classification import (
     Config,
     GraphData,
     Network,
-    RunOptions,
     fit,
     load,
 )
 from experiments.studies.tables import Command, Document, Part, Study, markdown_table, origin
+from experiments.train.config import RunOptions
 from experiments.train.runs import write_atomically
 
-MODELS = {
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGC": ("sgc", {"steps": 2}),
     "GCN": ("gcn", {"depth": 2}),
     "APPNP": ("appnp", {"steps": 10, "alpha": 0.1}),
@@ -57,7 +57,7 @@ KINDS = {True: ("planetoid", "splits"), False: ("splits",)}
 RATES, DECAYS = (0.01, 0.05), (5e-6, 5e-4, 5e-3)
 """Learning rates and penalties that are tried."""
 
-CHAIN_MODELS = {
+CHAIN_MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "IGNN": ("ignn", {"kappa": 0.99}),
     "GCN, 2 layers": ("gcn", {"depth": 2}),
     "GCN, 4 layers": ("gcn", {"depth": 4}),
@@ -161,7 +161,7 @@ def measure_chains(config: GraphsConfig) -> Part:
     rows: dict[str, list[dict[str, Any]]] = {}
     for (name, (model, options)), length in itertools.product(CHAIN_MODELS.items(), LENGTHS):
         settings = Config(
-            model=model,  # type: ignore[arg-type]
+            model=model,
             epochs=config.epochs,
             eval_every=10,
             solver=Picard(tol=1e-6, max_iter=3000),
