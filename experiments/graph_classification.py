@@ -75,8 +75,8 @@ class GraphData(Settings):
         dir: folder of these files. None: $GRAPH_DATA_DIR or ~/graphs.
         split: number of one of ten splits. None: for cora and citeseer the split of Planetoid, for
             the others split 0.
-        directed: let edges go one way, and take means over the nodes that a node receives from. The
-            monotone model needs --data.no-directed.
+        directed: let the edges of chains lead away from the first node only. The monotone model
+            needs --data.no-directed. The graphs that are read have edges without a direction.
         length: nodes of a chain.
         chains: chains of each class. A fifth is trained on, and a fifth is for validation.
         classes: classes of chains.
@@ -160,6 +160,10 @@ class Config(Settings):
         super().__post_init__()
         if self.model == "monotone" and self.data.directed:
             raise UsageError("--model monotone needs --data.no-directed, as its graph is symmetric")
+        if self.data.directed and self.data.name != "chains":
+            raise UsageError(
+                f"--data.directed is for chains; the edges of {self.data.name} have no direction"
+            )
         if self.eval_every > self.epochs:
             raise UsageError(
                 f"--eval-every must be at most --epochs, {self.epochs}, got {self.eval_every}"
@@ -200,7 +204,7 @@ def load(data: GraphData, seed: int = 0) -> GraphDataset:
             directed=data.directed,
             seed=seed,
         )
-    return load_graph(data.name, data_dir=data.dir, split=data.split, directed=data.directed)
+    return load_graph(data.name, data_dir=data.dir, split=data.split)
 
 
 def build_model(config: Config, dataset: GraphDataset) -> ImplicitGraphNet | GCN | APPNP | SGC:
