@@ -39,6 +39,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "GCN": ("gcn", {"depth": 2}),
     "APPNP": ("appnp", {"steps": 10, "alpha": 0.1}),
     "IGNN": ("ignn", {"kappa": 0.9}),
+    "EIGNN": ("eignn", {"gamma": 0.9}),
     "monotone": ("monotone", {"monotonicity": 0.2}),
 }
 """The networks of the part `nodes`: model, and settings that differ."""
@@ -59,6 +60,7 @@ RATES, DECAYS = (0.01, 0.05), (5e-6, 5e-4, 5e-3)
 
 CHAIN_MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "IGNN": ("ignn", {"kappa": 0.99}),
+    "EIGNN": ("eignn", {"gamma": 0.99}),
     "GCN, 2 layers": ("gcn", {"depth": 2}),
     "GCN, 4 layers": ("gcn", {"depth": 4}),
     "GCN, 8 layers": ("gcn", {"depth": 8}),
@@ -179,6 +181,7 @@ def run(config: GraphsConfig, settings: Config) -> dict[str, Any]:
     words = [settings.model, data.name, data.split, data.length, settings.seed, settings.lr]
     words += [settings.weight_decay, settings.epochs, network.features, network.depth]
     words += [network.steps, network.kappa, network.monotonicity, network.dropout]
+    words += [network.gamma] if settings.model == "eignn" else []
     path = pathlib.Path(config.runs, "_".join(map(str, words)) + ".json")
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
