@@ -184,7 +184,8 @@ def run(config: GraphsConfig, settings: Config) -> dict[str, Any]:
     words += [network.gamma] if settings.model == "eignn" else []
     path = pathlib.Path(config.runs, "_".join(map(str, words)) + ".json")
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        return {name: float(f"{value:.5g}") for name, value in figures.items()}
     dataset = load(data, settings.seed)
     _, history, result = fit(settings, dataset)
     figures = {
@@ -199,7 +200,7 @@ def run(config: GraphsConfig, settings: Config) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(figures))
     print(f"{path.stem}: {figures['test']:.4f}", flush=True)
-    return figures
+    return run(config, settings)
 
 
 def render(document: Document) -> dict[str, str]:
@@ -220,7 +221,7 @@ def _nodes_table(part: Part) -> str:
         for (graph, kind), row in zip(kinds, rows, strict=True):
             finals = row["finals"]
             cells = [name, f"{GRAPHS[graph]}, {words[kind]}", f"{row['lr']:g}"]
-            cells += [f"{row['weight_decay']:g}", f"{finals[0]['parameters']:,}"]
+            cells += [f"{row['weight_decay']:g}", f"{finals[0]['parameters']:,.0f}"]
             cells += [_solves(finals, way) for way in ("forward", "backward")]
             cells.append(f"{1e3 * np.median([figures['seconds'] for figures in finals]):.0f}")
             solves.append(cells)
