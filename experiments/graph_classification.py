@@ -25,7 +25,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,6 @@ from experiments.train.config import (
     Positive,
     Range,
     Rate,
-    RunOptions,
     Settings,
     Share,
     SolverChoice,
@@ -120,6 +119,26 @@ class Network(Settings):
     depth: Count = 2
     steps: Count = 10
     alpha: Share = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions(Settings):
+    """The folder of a run, and what the run shows.
+
+    Attributes:
+        dir: folder of the run. With None a folder in runs/.
+        fresh: delete the run that is in the folder, and start again.
+        progress: show a progress bar.
+        warn_below: warn if a smaller share of the solves of 50 epochs converges.
+    """
+
+    prefix = "run."
+    elastic: ClassVar[bool] = False  # a run has one device
+
+    dir: str | None = None
+    fresh: bool = False
+    progress: bool = True
+    warn_below: Share = 0.5
 
 
 _SOLVER = Picard(tol=1e-3, max_iter=500)
@@ -347,8 +366,14 @@ def fit(config: Config, dataset: GraphDataset) -> tuple[Any, list[Record], Recor
     history: list[Record] = []
     best, best_params = -math.inf, params
     solves = _Solves(config)
-    quiet = not config.run.progress
-    bar = tqdm.trange(config.epochs, desc=config.model, leave=False, disable=quiet)
+    bar = tqdm.trange(
+        config.epochs,
+        desc=config.model,
+        leave=False,
+        disable=not config.run.progress,
+        # In a file each refresh is a line.
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+    )
     for epoch in bar:
         started = time.perf_counter()
         state, loss, stats, report = train_step(definition, state, *arrays, labels, mask)
@@ -365,9 +390,10 @@ def fit(config: Config, dataset: GraphDataset) -> tuple[Any, list[Record], Recor
             record |= {
                 f"{part}_{dataset.metric}": score(dataset, logits, part) for part in dataset.masks
             }
-            bar.set_postfix(validation=f"{record[f'validation_{dataset.metric}']:.3f}")
-            if record[f"validation_{dataset.metric}"] > best:
-                best = record[f"validation_{dataset.metric}"]
+            validation = record[f"validation_{dataset.metric}"]
+            bar.set_postfix(validation=f"{validation:.3f}", refresh=False)
+            if validation > best:
+                best = validation
                 best_params = jax.tree.map(jnp.copy, state[0])  # the state is donated
         record["seconds"] = time.perf_counter() - started
         history.append(record)

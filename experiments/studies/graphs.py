@@ -27,11 +27,11 @@ from experiments.graph_classification import (
     Config,
     GraphData,
     Network,
+    RunOptions,
     fit,
     load,
 )
 from experiments.studies.tables import Command, Document, Part, Study, markdown_table, origin
-from experiments.train.config import RunOptions
 from experiments.train.runs import write_atomically
 
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -12,8 +12,7 @@ import pytest
 
 from experiments import graph_classification
 from experiments.data.graphs import load_graph, make_chains
-from experiments.graph_classification import PRESETS, build_model, fit
-from experiments.train.config import RunOptions
+from experiments.graph_classification import PRESETS, RunOptions, build_model, fit
 from experiments.train.errors import DatasetNotFoundError, NonFiniteError, UsageError
 from tests.experiments.training import records, run
 
@@ -192,6 +191,7 @@ def test_depth_matters_on_chains():
     assert scores["gcn"] <= 3 / 20 + 17 / 40 + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_example_of_the_page_runs():
     text = (DOCS / "graphs.md").read_text(encoding="utf-8")
