@@ -25,7 +25,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,6 @@ from experiments.train.config import (
     Positive,
     Range,
     Rate,
-    RunOptions,
     Settings,
     Share,
     SolverChoice,
@@ -75,8 +74,8 @@ class GraphData(Settings):
         dir: folder of these files. None: $GRAPH_DATA_DIR or ~/graphs.
         split: number of one of ten splits. None: for cora and citeseer the split of Planetoid, for
             the others split 0.
-        directed: let edges go one way, and take means over the nodes that a node receives from. The
-            monotone model needs --data.no-directed.
+        directed: let the edges of chains lead away from the first node only. The monotone model
+            needs --data.no-directed. The graphs that are read have edges without a direction.
         length: nodes of a chain.
         chains: chains of each class. A fifth is trained on, and a fifth is for validation.
         classes: classes of chains.
@@ -122,6 +121,26 @@ class Network(Settings):
     alpha: Share = 0.1
 
 
+@dataclasses.dataclass(frozen=True)
+class RunOptions(Settings):
+    """The folder of a run, and what the run shows.
+
+    Attributes:
+        dir: folder of the run. With None a folder in runs/.
+        fresh: delete the run that is in the folder, and start again.
+        progress: show a progress bar.
+        warn_below: warn if a smaller share of the solves of 50 epochs converges.
+    """
+
+    prefix = "run."
+    elastic: ClassVar[bool] = False  # a run has one device
+
+    dir: str | None = None
+    fresh: bool = False
+    progress: bool = True
+    warn_below: Share = 0.5
+
+
 _SOLVER = Picard(tol=1e-3, max_iter=500)
 _GRADIENT = Implicit()
 _RUN = RunOptions()
@@ -160,6 +179,10 @@ class Config(Settings):
         super().__post_init__()
         if self.model == "monotone" and self.data.directed:
             raise UsageError("--model monotone needs --data.no-directed, as its graph is symmetric")
+        if self.data.directed and self.data.name != "chains":
+            raise UsageError(
+                f"--data.directed is for chains; the edges of {self.data.name} have no direction"
+            )
         if self.eval_every > self.epochs:
             raise UsageError(
                 f"--eval-every must be at most --epochs, {self.epochs}, got {self.eval_every}"
@@ -200,7 +223,7 @@ def load(data: GraphData, seed: int = 0) -> GraphDataset:
             directed=data.directed,
             seed=seed,
         )
-    return load_graph(data.name, data_dir=data.dir, split=data.split, directed=data.directed)
+    return load_graph(data.name, data_dir=data.dir, split=data.split)
 
 
 def build_model(config: Config, dataset: GraphDataset) -> ImplicitGraphNet | GCN | APPNP | SGC:
@@ -290,7 +313,7 @@ def train_step(
     )(params, probe)
     updates, moments = _ADAM.update(gradient, moments, params)
     # A solve whose weights are not numbers returns its start, and the loss looks finite.
-    value = jnp.where(jnp.isfinite(optax.global_norm(updates)), value, jnp.nan)
+    value = jnp.where(jnp.isfinite(optax.tree.norm(updates)), value, jnp.nan)
     params = model.project(optax.apply_updates(params, updates))
     return (params, rest, moments), value, stats, report
 
@@ -334,7 +357,7 @@ def fit(config: Config, dataset: GraphDataset) -> tuple[Any, list[Record], Recor
     """
     model = build_model(config, dataset)
     definition, params, rest = nnx.split(model, nnx.Param, ...)
-    moments = _ADAM.init(params)
+    moments = cast(Any, _ADAM.init(params))
     rates = {"learning_rate": config.lr, "weight_decay": config.weight_decay}
     moments.hyperparams.update({name: jnp.float32(rate) for name, rate in rates.items()})
     state = params, rest, moments
@@ -343,8 +366,14 @@ def fit(config: Config, dataset: GraphDataset) -> tuple[Any, list[Record], Recor
     history: list[Record] = []
     best, best_params = -math.inf, params
     solves = _Solves(config)
-    quiet = not config.run.progress
-    bar = tqdm.trange(config.epochs, desc=config.model, leave=False, disable=quiet)
+    bar = tqdm.trange(
+        config.epochs,
+        desc=config.model,
+        leave=False,
+        disable=not config.run.progress,
+        # In a file each refresh is a line.
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+    )
     for epoch in bar:
         started = time.perf_counter()
         state, loss, stats, report = train_step(definition, state, *arrays, labels, mask)
@@ -361,9 +390,10 @@ def fit(config: Config, dataset: GraphDataset) -> tuple[Any, list[Record], Recor
             record |= {
                 f"{part}_{dataset.metric}": score(dataset, logits, part) for part in dataset.masks
             }
-            bar.set_postfix(validation=f"{record[f'validation_{dataset.metric}']:.3f}")
-            if record[f"validation_{dataset.metric}"] > best:
-                best = record[f"validation_{dataset.metric}"]
+            validation = record[f"validation_{dataset.metric}"]
+            bar.set_postfix(validation=f"{validation:.3f}", refresh=False)
+            if validation > best:
+                best = validation
                 best_params = jax.tree.map(jnp.copy, state[0])  # the state is donated
         record["seconds"] = time.perf_counter() - started
         history.append(record)

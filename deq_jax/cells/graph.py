@@ -247,8 +247,9 @@ class IGNNCell(_GraphCell):
 
     The norm is that of the map `z -> z W` of a node's state: the largest of the outputs' sums
     `Σᵢ |W[i, j]|`. `project` puts W back into the bound, and is to be called after each step of an
-    optimiser. W starts there, near κ times the identity: with that and linear, the equilibrium is
-    the personalised PageRank of X. Random matrices began worse: 71 instead of 80 % on Cora.
+    optimiser. W starts within the bound, near κ times the identity, with which the equilibrium is
+    close to the personalised PageRank of X. From a random W, 100 epochs on Planetoid's split of
+    Cora came to a test accuracy of 71 %, and from this one to 81 %.
 
     **Proof that it contracts.** Take `u > 0` with `Â u <= u` (see `Graph.from_edges`) and the norm
     `‖Z‖ = max |Z[i, c]| / u[i]`. As Â has no negative entries,

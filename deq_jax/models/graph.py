@@ -194,6 +194,16 @@ class ImplicitGraphNet(_GraphNet):
         backward_probe: BackwardProbe | None = None,
     ) -> tuple[jax.Array, SolveStats]: ...
 
+    @overload
+    def __call__(
+        self,
+        graph: Graph,
+        features: Features,
+        *,
+        return_stats: bool,
+        backward_probe: BackwardProbe | None = None,
+    ) -> jax.Array | tuple[jax.Array, SolveStats]: ...
+
     def __call__(
         self,
         graph: Graph,

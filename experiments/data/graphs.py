@@ -76,9 +76,8 @@ def load_graph(
     *,
     data_dir: str | os.PathLike[str] | None = None,
     split: int | None = None,
-    directed: bool = False,
 ) -> GraphDataset:
-    """Reads a graph from `NAME.npz`.
+    """Reads a graph from `NAME.npz`. Its edges have no direction.
 
     Words of documents (Cora, Citeseer) and of pages (Chameleon, Squirrel) are divided by their
     number in each node. Citeseer has 15 nodes without words, without edges and without a class.
@@ -89,9 +88,6 @@ def load_graph(
         data_dir: folder of the file; None for `default_data_dir()`.
         split: number of one of the ten splits, from 0. None: for Cora and Citeseer the split of
             Planetoid, for the others split 0.
-        directed: let each edge go one way, from the first node to the second, as far as a file
-            says which one is first. The edges of all files but Chameleon's and Squirrel's are in
-            no direction.
 
     Raises:
         DatasetNotFoundError: the file is not there, or does not hold what it should.
@@ -112,13 +108,13 @@ def load_graph(
     try:
         with np.load(path, allow_pickle=False) as arrays:
             read = _read_citations if "feat_indptr" in arrays else _read_pages
-            return read(name, arrays, split, directed)
+            return read(name, arrays, split)
     except (KeyError, OSError, ValueError) as error:
         damaged = f"cannot read {name}: {path} is damaged: {error}. {where}"
         raise DatasetNotFoundError(damaged) from error
 
 
-def _read_citations(name: str, arrays: Any, split: int | None, directed: bool) -> GraphDataset:
+def _read_citations(name: str, arrays: Any, split: int | None) -> GraphDataset:
     """Cora and Citeseer: rows of words in compressed form."""
     pointers, words, shape = (arrays[f"feat_{part}"] for part in ("indptr", "indices", "shape"))
     counts = np.diff(pointers)
@@ -136,7 +132,7 @@ def _read_citations(name: str, arrays: Any, split: int | None, directed: bool) -
     labels = np.where(known, arrays["labels"], 0).astype(np.int32)
     return GraphDataset(
         name,
-        _graph(arrays["edges"], nodes, directed),
+        Graph.from_edges(arrays["edges"], nodes),
         _sparse(data, words, pointers, (nodes, width)),
         labels,
         int(labels.max()) + 1,
@@ -146,7 +142,7 @@ def _read_citations(name: str, arrays: Any, split: int | None, directed: bool) -
     )
 
 
-def _read_pages(name: str, arrays: Any, split: int | None, directed: bool) -> GraphDataset:
+def _read_pages(name: str, arrays: Any, split: int | None) -> GraphDataset:
     """The files of "A critical look at the evaluation of GNNs under heterophily"."""
     split = split or 0
     features, labels = arrays["node_features"], arrays["node_labels"].astype(np.int32)
@@ -164,7 +160,7 @@ def _read_pages(name: str, arrays: Any, split: int | None, directed: bool) -> Gr
     classes = int(labels.max()) + 1
     return GraphDataset(
         name,
-        _graph(arrays["edges"].T, len(labels), directed),
+        Graph.from_edges(arrays["edges"].T, len(labels)),
         rows,
         labels,
         classes,
@@ -172,10 +168,6 @@ def _read_pages(name: str, arrays: Any, split: int | None, directed: bool) -> Gr
         f"split {split}",
         "roc_auc" if classes == 2 else "accuracy",
     )
-
-
-def _graph(edges: np.ndarray, nodes: int, directed: bool) -> Graph:
-    return Graph.from_edges(edges, nodes, normalization="mean" if directed else "symmetric")
 
 
 def _sparse(data: Any, columns: Any, pointers: Any, shape: tuple[int, int]) -> BCSR:
@@ -227,7 +219,11 @@ def make_chains(
     }
     return GraphDataset(
         "chains",
-        _graph(np.stack([senders, senders + 1]), nodes, directed),
+        Graph.from_edges(
+            np.stack([senders, senders + 1]),
+            nodes,
+            normalization="mean" if directed else "symmetric",
+        ),
         jnp.asarray(features),
         labels,
         classes,

@@ -1,10 +1,10 @@
 """Implicit graph networks beside graph convolutions, on citations, web pages, mines and chains.
 
-Part `nodes`: each network is tuned alike, by the validation score of one split of each graph, over
-the same learning rates and penalties. For Cora and Citeseer that is the split of Planetoid, for the
-others split 0. The best setting is trained on all splits. Reported is the test score at the epoch
-with the best validation score. A finished training is kept in the folder of the runs, and is not
-repeated.
+Part `nodes`: each network is tuned alike, over the same learning rates and penalties, by the
+validation score of split 0 of the ten splits of a graph, and again by that of Planetoid's split
+where there is one. The best setting is trained on all splits. Reported is the test score at the
+epoch with the best validation score. A finished training is kept in the folder of the runs, and is
+not repeated.
 
 Part `chains`: the class of a chain of nodes is told at its first node only. Reported is the share
 of all nodes of unseen chains that are classified right.
@@ -34,12 +34,13 @@ from experiments.graph_classification import (
 from experiments.studies.tables import Command, Document, Part, Study, markdown_table, origin
 from experiments.train.runs import write_atomically
 
-MODELS = {
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGC": ("sgc", {"steps": 2}),
     "GCN": ("gcn", {"depth": 2}),
     "APPNP": ("appnp", {"steps": 10, "alpha": 0.1}),
-    "IGNN": ("ignn", {"kappa": 0.95}),
-    "monotone": ("monotone", {"monotonicity": 0.1}),
+    "IGNN": ("ignn", {"kappa": 0.9}),
+    "EIGNN": ("eignn", {"gamma": 0.9}),
+    "monotone": ("monotone", {"monotonicity": 0.2}),
 }
 """The networks of the part `nodes`: model, and settings that differ."""
 
@@ -51,12 +52,15 @@ GRAPHS = {
 }
 PLANETOID = ("cora", "citeseer")
 """Graphs that have the split of Planetoid too."""
+KINDS = {True: ("planetoid", "splits"), False: ("splits",)}
+"""Kinds of splits, by whether there is that of Planetoid."""
 
-RATES, DECAYS = (0.01, 0.05), (5e-4, 5e-3)
+RATES, DECAYS = (0.01, 0.05), (5e-6, 5e-4, 5e-3)
 """Learning rates and penalties that are tried."""
 
-CHAIN_MODELS = {
+CHAIN_MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "IGNN": ("ignn", {"kappa": 0.99}),
+    "EIGNN": ("eignn", {"gamma": 0.99}),
     "GCN, 2 layers": ("gcn", {"depth": 2}),
     "GCN, 4 layers": ("gcn", {"depth": 4}),
     "GCN, 8 layers": ("gcn", {"depth": 8}),
@@ -78,6 +82,7 @@ class GraphsConfig(Command):
         seeds: trainings on the split of Planetoid.
         splits: splits of each graph.
         features: width of hidden layers and states.
+        graphs: measure only these graphs; the figures of the others stay as they are.
     """
 
     data_dir: str | None = None
@@ -86,12 +91,16 @@ class GraphsConfig(Command):
     seeds: int = 3
     splits: int = 10
     features: int = 16
+    graphs: tuple[str, ...] = ()
 
 
 def measure_nodes(config: GraphsConfig) -> Part:
     """Tunes and trains all networks on all graphs."""
     graphs: dict[str, Any] = {}
-    for graph, (name, (model, options)) in itertools.product(GRAPHS, MODELS.items()):
+    if unknown := [graph for graph in config.graphs if graph not in GRAPHS]:
+        raise SystemExit(f"unknown graphs {unknown}; known are: {', '.join(GRAPHS)}")
+    measured = config.graphs or tuple(GRAPHS)
+    for graph, (name, (model, options)) in itertools.product(measured, MODELS.items()):
         network = Network(
             features=config.features,
             dropout=0.2 if graph == "minesweeper" else 0.5,
@@ -111,7 +120,7 @@ def measure_nodes(config: GraphsConfig) -> Part:
             return Config(
                 model=model,
                 epochs=config.epochs,
-                eval_every=2,
+                eval_every=4,
                 seed=seed,
                 lr=rate,
                 weight_decay=decay,
@@ -121,25 +130,31 @@ def measure_nodes(config: GraphsConfig) -> Part:
                 run=RunOptions(progress=False),
             )
 
-        first = None if graph in PLANETOID else 0
-        trials = {
-            pair: run(config, settings(*pair, first, 0))
-            for pair in itertools.product(RATES, DECAYS)
-        }
-        best = max(trials, key=lambda pair: trials[pair]["validation"])
-        row: dict[str, Any] = {
-            "lr": best[0],
-            "weight_decay": best[1],
-            "trials": {f"{rate} {decay}": t["validation"] for (rate, decay), t in trials.items()},
-        }
-        if graph in PLANETOID:
-            row["planetoid"] = [run(config, settings(*best, None, s)) for s in range(config.seeds)]
-        row["splits"] = [run(config, settings(*best, split, 0)) for split in range(config.splits)]
+        row: dict[str, Any] = {}
+        for kind in KINDS[graph in PLANETOID]:
+            split = None if kind == "planetoid" else 0
+            trials = {
+                pair: run(config, settings(*pair, split, 0))
+                for pair in itertools.product(RATES, DECAYS)
+            }
+            best = max(trials, key=lambda pair: trials[pair]["validation"])
+            if kind == "planetoid":
+                finals = [settings(*best, None, seed) for seed in range(config.seeds)]
+            else:
+                finals = [settings(*best, number, 0) for number in range(config.splits)]
+            row[kind] = {
+                "lr": best[0],
+                "weight_decay": best[1],
+                "trials": {f"{r} {d}": trial["validation"] for (r, d), trial in trials.items()},
+                "finals": [run(config, final) for final in finals],
+            }
         graphs.setdefault(graph, {})[name] = row
+    others = STUDY.load().get("nodes", {"graphs": {}})["graphs"] if config.graphs else {}
+    known = {graph: graphs.get(graph) or others.get(graph) for graph in GRAPHS}
     return {
         "epochs": config.epochs,
         "features": config.features,
-        "graphs": graphs,
+        "graphs": {graph: rows for graph, rows in known.items() if rows is not None},
     }
 
 
@@ -148,7 +163,7 @@ def measure_chains(config: GraphsConfig) -> Part:
     rows: dict[str, list[dict[str, Any]]] = {}
     for (name, (model, options)), length in itertools.product(CHAIN_MODELS.items(), LENGTHS):
         settings = Config(
-            model=model,  # type: ignore[arg-type]
+            model=model,
             epochs=config.epochs,
             eval_every=10,
             solver=Picard(tol=1e-6, max_iter=3000),
@@ -166,9 +181,11 @@ def run(config: GraphsConfig, settings: Config) -> dict[str, Any]:
     words = [settings.model, data.name, data.split, data.length, settings.seed, settings.lr]
     words += [settings.weight_decay, settings.epochs, network.features, network.depth]
     words += [network.steps, network.kappa, network.monotonicity, network.dropout]
+    words += [network.gamma] if settings.model == "eignn" else []
     path = pathlib.Path(config.runs, "_".join(map(str, words)) + ".json")
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        return {name: float(f"{value:.5g}") for name, value in figures.items()}
     dataset = load(data, settings.seed)
     _, history, result = fit(settings, dataset)
     figures = {
@@ -183,7 +200,7 @@ def run(config: GraphsConfig, settings: Config) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(figures))
     print(f"{path.stem}: {figures['test']:.4f}", flush=True)
-    return figures
+    return run(config, settings)
 
 
 def render(document: Document) -> dict[str, str]:
@@ -194,46 +211,44 @@ def render(document: Document) -> dict[str, str]:
 
 def _nodes_table(part: Part) -> str:
     graphs = part["graphs"]
-    columns = ["network"]
-    for graph in graphs:
-        if graph in PLANETOID:
-            columns.append(f"{GRAPHS[graph]}, Planetoid's split")
-        columns.append(f"{GRAPHS[graph]}, splits")
-    rows = []
+    kinds = [(graph, kind) for graph in graphs for kind in KINDS[graph in PLANETOID]]
+    words = {"planetoid": "Planetoid's split", "splits": "ten splits"}
+    columns = ["network", *(f"{GRAPHS[graph]}, {words[kind]}" for graph, kind in kinds)]
+    scores, solves = [], []
     for name in MODELS:
-        cells = [name]
-        for measured in graphs.values():
-            row = measured[name]
-            cells += [_mean(row[kind]) for kind in ("planetoid", "splits") if kind in row]
-        rows.append(cells)
-    solves = []
-    for name, graph in itertools.product(MODELS, graphs):
-        row = graphs[graph][name]
-        trained = row["splits"]
-        cells = [name, GRAPHS[graph], f"{row['lr']:g}", f"{row['weight_decay']:g}"]
-        cells.append(f"{trained[0]['parameters']:,}")
-        for way in ("forward", "backward"):
-            key = f"mean_{way}_evaluations"
-            if key not in trained[0]:
-                cells.append("-")
-                continue
-            evaluations = np.mean([figures[key] for figures in trained])
-            converged = np.mean([figures[f"mean_{way}_converged"] for figures in trained])
-            cells.append(f"{evaluations:.0f}, {converged:.1%}")
-        solves.append(cells)
-    heads = ["network", "graph", "rate", "penalty", "parameters"]
-    heads += ["evaluations forwards, converged", "evaluations backwards, converged"]
-    text = f"{markdown_table(columns, rows)}\n\n{markdown_table(heads, solves)}\n\n"
-    planetoid = len(graphs["cora"]["SGC"]["planetoid"])
-    splits = len(graphs["cora"]["SGC"]["splits"])
+        rows = [graphs[graph][name][kind] for graph, kind in kinds]
+        scores.append([name, *(_mean(row["finals"]) for row in rows)])
+        for (graph, kind), row in zip(kinds, rows, strict=True):
+            finals = row["finals"]
+            cells = [name, f"{GRAPHS[graph]}, {words[kind]}", f"{row['lr']:g}"]
+            cells += [f"{row['weight_decay']:g}", f"{finals[0]['parameters']:,.0f}"]
+            cells += [_solves(finals, way) for way in ("forward", "backward")]
+            cells.append(f"{1e3 * np.median([figures['seconds'] for figures in finals]):.0f}")
+            solves.append(cells)
+    heads = ["network", "graph", "rate", "penalty", "parameters", "forwards", "backwards"]
+    heads.append("ms an epoch")
+    text = f"{markdown_table(columns, scores)}\n\n"
     text += (
-        "The first table has test accuracies in per cent, for Minesweeper the area under the ROC "
-        f"curve: means and standard deviations over {planetoid} seeds for Planetoid's split and "
-        f"over {splits} splits otherwise, at the epoch with the best validation score of "
-        f"{part['epochs']} epochs. States and hidden layers are {part['features']} wide. The "
-        f"second table has the chosen settings and the solves of all trainings on the splits. "
+        "Test accuracies in per cent, for Minesweeper the area under the ROC curve: means and "
+        "standard deviations over the seeds or splits, at the epoch with the best validation "
+        f"score of {part['epochs']} epochs. States and hidden layers are {part['features']} wide.\n"
+    )
+    text += f"\n{markdown_table(heads, solves)}\n\n"
+    text += (
+        "The chosen settings, and the solves of all trainings: mean number of evaluations, and "
+        "share of the solves that converged. Other processes ran on the same cores, so the times "
+        "are upper bounds. "
     )
     return text + origin(part["context"])
+
+
+def _solves(finals: list[dict[str, Any]], way: str) -> str:
+    key = f"mean_{way}_evaluations"
+    if key not in finals[0]:
+        return "-"
+    evaluations = np.mean([figures[key] for figures in finals])
+    converged = np.mean([figures[f"mean_{way}_converged"] for figures in finals])
+    return f"{evaluations:.0f}, {converged:.1%}"
 
 
 def _chains_table(part: Part) -> str:

@@ -10,6 +10,7 @@ from experiments.studies import (
     accuracy,
     controls,
     convergence,
+    graphs,
     memory,
     regularization,
     reversible,
@@ -17,7 +18,17 @@ from experiments.studies import (
 )
 from experiments.studies.tables import DOCS, ROOT, Study, as_json
 
-_MODULES = (accuracy, controls, convergence, memory, regularization, reversible, traffic, benchmark)
+_MODULES = (
+    accuracy,
+    controls,
+    convergence,
+    graphs,
+    memory,
+    regularization,
+    reversible,
+    traffic,
+    benchmark,
+)
 STUDIES = {module.STUDY.name: module.STUDY for module in _MODULES}
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
