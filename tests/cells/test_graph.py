@@ -251,16 +251,13 @@ def drawn_params(cell, largest, seed=0):
     return params, jnp.asarray(rng.normal(size=(DRAWS, NODES, WIDTH)), jnp.float32)
 
 
-@pytest.mark.parametrize(
-    ("name", "normalization", "largest"),
-    [("ignn", "symmetric", 1000.0), ("ignn", "mean", 1000.0), ("eignn", "symmetric", 1000.0),
-     ("eignn", "mean", 1000.0), ("monotone", "symmetric", 1000.0)],
-)  # fmt: skip
-def test_picard_converges_for_random_weights(name, normalization, largest):
+@pytest.mark.parametrize("name", ["ignn", "eignn"])
+def test_picard_converges_for_random_weights_on_directed_graphs(name):
+    """On symmetric ones see tests/stability/test_guarantees.py."""
     cell = CELLS[name](WIDTH, rngs=nnx.Rngs(0))
     layer = DEQ(cell, solver=Picard(tol=1e-5, max_iter=2000), batched=False)
     definition = nnx.split(layer)[0]
-    nodes = Graph.from_edges(EDGES, NODES, normalization=normalization)
+    nodes = Graph.from_edges(EDGES, NODES, normalization="mean")
 
     @jax.jit
     @jax.vmap
@@ -269,12 +266,9 @@ def test_picard_converges_for_random_weights(name, normalization, largest):
         layer = nnx.merge(definition, {"cell": params})
         return layer(x, cell.start(x), return_stats=True)[1].status
 
-    params, features = drawn_params(cell, largest)
+    params, features = drawn_params(cell, 1000.0)
     projected = jax.jit(jax.vmap(cell.project))(params)
     np.testing.assert_array_equal(status(projected, features), Status.CONVERGED)
-    if name == "monotone":  # without the projection it takes longer, but converges too
-        params, features = drawn_params(cell, 0.5)
-        np.testing.assert_array_equal(status(params, features), Status.CONVERGED)
     if name == "ignn":  # most of them would not without the projection
         radii = np.abs(np.linalg.eigvals(params["recurrent"]["kernel"][...])).max(-1)
         assert (radii > 1).mean() > 0.5

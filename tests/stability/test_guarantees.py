@@ -6,8 +6,9 @@ import functools
 import numpy as np
 import pytest
 
-from deq_jax import Status
+from deq_jax import Picard, Status
 from deq_jax.cells import IGNNCell
+from experiments.studies import guarantees
 from experiments.studies.guarantees import FAMILIES, draw
 
 DRAWS = 30
@@ -22,7 +23,9 @@ def test_every_draw_converges_within_the_bound(name):
     assert excess.max() <= 1 + 1e-9
 
 
-def test_weights_outside_of_the_set_are_found_out():
+def test_weights_outside_of_the_set_are_found_out(monkeypatch):
+    monkeypatch.setattr(guarantees, "SOLVER", Picard(tol=1e-6, max_iter=100))
+
     class Unprojected(IGNNCell):
         def project(self, params):
             return params
