@@ -26,6 +26,7 @@ from typing import Any, Literal
 from flax import nnx
 
 from deq_jax import Broyden, Implicit, Picard, Reversed, Reversible
+from deq_jax.models.classifier import EquilibriumClassifier
 from deq_jax.models.conv_deq import ConvDEQ, ExplicitConvNet, WeightTiedConvNet
 from deq_jax.models.mdeq import LARGE, LIPSCHITZ, MDEQ, TINY
 from deq_jax.models.mondeq import PUBLISHED, MonDEQ
@@ -118,7 +119,7 @@ def _mondeq(form: str, *, image_shape: tuple[int, int, int], **options: Any) -> 
     return MonDEQ(**PUBLISHED[name] | {"image_shape": image_shape} | options)
 
 
-FAMILIES: dict[str, Callable[..., nnx.Module]] = {
+FAMILIES: dict[str, Callable[..., EquilibriumClassifier]] = {
     "mdeq": functools.partial(MDEQ, **TINY),
     "mdeq_large": functools.partial(MDEQ, **LARGE),
     "lipschitz_mdeq": functools.partial(MDEQ, **LIPSCHITZ),
@@ -264,7 +265,9 @@ def load(config: Config, run: RunFolder) -> tuple[ImageDataset, nnx.Module]:
     return dataset, build_model(config, dataset)
 
 
-def build_model(config: Config, dataset: ImageDataset) -> Any:
+def build_model(
+    config: Config, dataset: ImageDataset
+) -> EquilibriumClassifier | WeightTiedConvNet | ExplicitConvNet:
     """The network for a data set, initialised by the seed, in training mode."""
     options = {
         "image_shape": dataset.image_shape,

@@ -30,7 +30,7 @@ class EquilibriumClassifier(nnx.Module):
         raise NotImplementedError
 
     def start(self, injection: PyTree) -> PyTree:
-        """Where a solve starts: at zeros. There is no learned start."""
+        """Where a solve starts: at zeros, unless a network has something better."""
         return self.zeros(injection)
 
     def classify(self, z: PyTree) -> jax.Array:
@@ -77,17 +77,23 @@ class EquilibriumClassifier(nnx.Module):
             ValueError: images of another shape than `image_shape`.
         """
         injection = self.injection(images)
-        start = self.start(injection)
-        z, stats = self.core(injection, start, return_stats=True, backward_probe=backward_probe)
+        z, stats = self.core(
+            injection, self.start(injection), return_stats=True, backward_probe=backward_probe
+        )
         # A solve may be in another precision.
-        z = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), z, start)
-        logits = self.classify(z)
+        like = jax.eval_shape(self.zeros, injection)
+        logits = self.classify(jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), z, like))
         return (logits, stats) if return_stats else logits
 
     def check_images(self, images: jax.Array) -> None:
         """Raises a ValueError unless images are `[B, *image_shape]`."""
-        if images.shape[1:] != self.image_shape:
-            raise ValueError(
-                f"images must have shape [B, {', '.join(map(str, self.image_shape))}], "
-                f"got {list(images.shape)}"
-            )
+        check_images(images, self.image_shape)
+
+
+def check_images(images: jax.Array, image_shape: tuple[int, int, int]) -> None:
+    """Raises a ValueError unless images are `[B, *image_shape]`."""
+    if images.shape[1:] != image_shape:
+        raise ValueError(
+            f"images must have shape [B, {', '.join(map(str, image_shape))}], "
+            f"got {list(images.shape)}"
+        )

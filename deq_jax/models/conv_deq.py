@@ -10,7 +10,7 @@ same weights (`WeightTiedConvNet`), or k cells with weights of their own (`Expli
 Source: "Deep Implicit Layers", ch. 4; 64,842 parameters in its CIFAR-10 form.
 """
 
-from typing import Any, Literal, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,12 @@ from deq_jax.checks import check_count
 from deq_jax.execution import Execution
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
+from deq_jax.models.classifier import EquilibriumClassifier, check_images
 from deq_jax.nnx import DEQ
 from deq_jax.partitioning import logical_axes
 from deq_jax.solve import Solver
 from deq_jax.solvers.anderson import Anderson
 from deq_jax.stability.normalization import Normalization
-from deq_jax.stats import BackwardProbe, SolveStats
 
 
 def count_parameters(model: nnx.Module) -> int:
@@ -92,11 +92,7 @@ class _ImageClassifier(nnx.Module):
 
     def injection(self, images: jax.Array) -> jax.Array:
         """What the core is given, `[B, H, W, channels]`, from images `[B, H, W, C]`."""
-        if images.shape[1:] != self.image_shape:
-            raise ValueError(
-                f"images must have shape [B, {', '.join(map(str, self.image_shape))}], "
-                f"got {list(images.shape)}"
-            )
+        check_images(images, self.image_shape)
         return self.norm_in(self.stem(images))
 
     def classify(self, z: jax.Array) -> jax.Array:
@@ -108,7 +104,7 @@ class _ImageClassifier(nnx.Module):
         return self.head(pooled.reshape(batch, -1))
 
 
-class ConvDEQ(_ImageClassifier):
+class ConvDEQ(_ImageClassifier, EquilibriumClassifier):
     """The classifier whose core is the equilibrium of one residual cell.
 
     Args:
@@ -144,48 +140,6 @@ class ConvDEQ(_ImageClassifier):
             normalization=normalization,
         )
         self.initializer = _Initializer(self.channels, self.groups, rngs) if learned_start else None
-
-    @overload
-    def __call__(
-        self,
-        images: jax.Array,
-        *,
-        return_stats: Literal[False] = False,
-        backward_probe: BackwardProbe | None = None,
-    ) -> jax.Array: ...
-
-    @overload
-    def __call__(
-        self,
-        images: jax.Array,
-        *,
-        return_stats: Literal[True],
-        backward_probe: BackwardProbe | None = None,
-    ) -> tuple[jax.Array, SolveStats]: ...
-
-    @overload
-    def __call__(
-        self,
-        images: jax.Array,
-        *,
-        return_stats: bool,
-        backward_probe: BackwardProbe | None = None,
-    ) -> jax.Array | tuple[jax.Array, SolveStats]: ...
-
-    def __call__(
-        self,
-        images: jax.Array,
-        *,
-        return_stats: bool = False,
-        backward_probe: BackwardProbe | None = None,
-    ) -> jax.Array | tuple[jax.Array, SolveStats]:
-        """Logits `[B, num_classes]` of `images` `[B, H, W, C]`, with `return_stats` also stats."""
-        injection = self.injection(images)
-        z, stats = self.core(
-            injection, self.start(injection), return_stats=True, backward_probe=backward_probe
-        )
-        logits = self.classify(z.astype(injection.dtype))
-        return (logits, stats) if return_stats else logits
 
     def zeros(self, injection: jax.Array) -> jax.Array:
         """The state that a solve starts from unless there is a learned start."""

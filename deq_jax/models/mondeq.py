@@ -10,7 +10,7 @@ Source: Winston and Kolter, "Monotone operator equilibrium networks", 2020, tabl
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast, get_args, overload
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,12 @@ from deq_jax.cells.monotone import (
 from deq_jax.execution import Execution
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
+from deq_jax.models.classifier import EquilibriumClassifier
 from deq_jax.monotone import AlphaSearch, MonotoneDEQ, tune_alpha
 from deq_jax.partitioning import logical_axes
 from deq_jax.solve import Solver
 from deq_jax.solvers.picard import Picard
 from deq_jax.splitting import PeacemanRachford, Splitting
-from deq_jax.stats import BackwardProbe, SolveStats
 
 PyTree = Any
 Operator = Literal["dense", "conv", "multitier"]
@@ -38,7 +38,7 @@ Operator = Literal["dense", "conv", "multitier"]
 _POOL = 4
 
 
-class MonDEQ(nnx.Module):
+class MonDEQ(EquilibriumClassifier):
     """A classifier with a monotone core.
 
     With `operator="dense"` the image is flattened, and the head is linear in the state. With
@@ -131,55 +131,6 @@ class MonDEQ(nnx.Module):
             rngs=rngs,
         )
 
-    @overload
-    def __call__(
-        self,
-        images: jax.Array,
-        *,
-        return_stats: Literal[False] = False,
-        backward_probe: BackwardProbe | None = None,
-        resolvent: PyTree = None,
-    ) -> jax.Array: ...
-
-    @overload
-    def __call__(
-        self,
-        images: jax.Array,
-        *,
-        return_stats: Literal[True],
-        backward_probe: BackwardProbe | None = None,
-        resolvent: PyTree = None,
-    ) -> tuple[jax.Array, SolveStats]: ...
-
-    @overload
-    def __call__(
-        self,
-        images: jax.Array,
-        *,
-        return_stats: bool,
-        backward_probe: BackwardProbe | None = None,
-        resolvent: PyTree = None,
-    ) -> jax.Array | tuple[jax.Array, SolveStats]: ...
-
-    def __call__(
-        self,
-        images: jax.Array,
-        *,
-        return_stats: bool = False,
-        backward_probe: BackwardProbe | None = None,
-        resolvent: PyTree = None,
-    ) -> jax.Array | tuple[jax.Array, SolveStats]:
-        """Logits `[B, num_classes]` of `images` `[B, H, W, C]`, with `return_stats` also stats.
-
-        With `resolvent=model.core.resolvent()` many batches share the one of the same parameters.
-        """
-        injection = self.injection(images)
-        z, stats = self.core(
-            injection, return_stats=True, backward_probe=backward_probe, resolvent=resolvent
-        )
-        logits = self.classify(jax.tree.map(lambda leaf: leaf.astype(injection.dtype), z))
-        return (logits, stats) if return_stats else logits
-
     def injection(self, images: jax.Array) -> jax.Array:
         """What the core is given: standardised images, flattened for a dense core.
 
@@ -189,11 +140,7 @@ class MonDEQ(nnx.Module):
         Raises:
             ValueError: they have another shape.
         """
-        if images.shape[1:] != self.image_shape:
-            raise ValueError(
-                f"images must have shape [B, {', '.join(map(str, self.image_shape))}], "
-                f"got {list(images.shape)}"
-            )
+        self.check_images(images)
         mean, std = (jnp.asarray(values, images.dtype) for values in (self.mean, self.std))
         images = (images - mean) / std
         return images.reshape(len(images), -1) if self.operator == "dense" else images

@@ -11,13 +11,13 @@ import optax
 from flax import nnx
 
 from deq_jax import Implicit, Solver, Status, solve_adjoint, solve_fixed_point
-from deq_jax.models.conv_deq import ConvDEQ
+from deq_jax.models.classifier import EquilibriumClassifier
 from deq_jax.models.sequence import EquilibriumSequenceModel
 from deq_jax.stability import SolveSummary
 from deq_jax.stability.spectrum import spectral_radius, spectrum
 
 PyTree = Any
-EquilibriumModel = ConvDEQ | EquilibriumSequenceModel
+EquilibriumModel = EquilibriumClassifier | EquilibriumSequenceModel
 
 BATCH = 32
 """Number of examples solved at once, and of examples whose spectral radius is estimated."""

@@ -124,7 +124,12 @@ def test_training_lowers_the_loss_and_few_iterations_suffice(operator):
 
 def test_one_resolvent_for_many_batches():
     model = build("conv")
-    call = jax.jit(lambda model, x, resolvent: model(x, resolvent=resolvent))
+
+    def solve(model, x, resolvent):
+        z = model.core(model.injection(x), resolvent=resolvent)
+        return model.classify(z)
+
+    call = jax.jit(solve)
     resolvent = jax.jit(lambda model: model.core.resolvent())(model)
     for seed in range(2):
         x = jnp.asarray(images(seed=seed), jnp.float32)
