@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deq_jax.checks import check_count
 from deq_jax.partitioning import logical_axes
 
+PyTree = Any
 Activation = Literal["tanh", "softsign", "relu6", "sigmoid"]
 
 _ACTIVATIONS = {
@@ -33,8 +35,9 @@ class ConcaveCell(nnx.Module):
     last, padded with zeros to keep their lengths. It has no bias.
 
     For `z >= 0` this f is monotone, concave, bounded and positive: `f(z) >= f(0) > 0`. Such a map
-    has exactly one fixed point, which Picard iteration finds from any start. From zero it rises to
-    the fixed point, and its error shrinks by a known factor, which `rate` returns:
+    has exactly one fixed point z* with `z* >= 0`, which Picard iteration finds from every start
+    `z >= 0`. (With pcDEQ-1 there may be others that have negative entries.) From zero it rises to
+    z*, and its error shrinks by a known factor, which `rate` returns:
 
         0 <= z* - z_k <= r^k z*,    r = 1 - min_i f(0)_i / f(b)_i < 1
 
@@ -43,8 +46,12 @@ class ConcaveCell(nnx.Module):
     `f(λz) >= λ f(z) + (1 - λ) f(0) >= (λ + (1 - λ) ℓ) f(z)` for λ in [0, 1]. So if `z_k >= λ z*`
     then `z_{k+1} >= (1 - r (1 - λ)) z*`. And `∂f/∂z z* <= f(z*) - f(0) <= r z*`.)
 
-    All of this needs `W >= 0`, which an optimiser does not keep: set what is negative to zero
-    after each step, as `models.pcdeq.PcDEQ.project` does. The kernel starts uniform on
+    All of this needs `W >= 0`, which an optimiser does not keep. After each of its steps, `project`
+    sets what is negative to zero:
+
+        params["layer"] = ConcaveCell.project(params["layer"])
+
+    The kernel starts uniform on
     `[0, 0.01 / √(2 features))`.
 
     ```python
@@ -69,7 +76,7 @@ class ConcaveCell(nnx.Module):
         rngs: stream `params`.
 
     Raises:
-        ValueError: `activation` is none of the four.
+        ValueError: `activation` is none of the four, or a size is not positive.
     """
 
     def __init__(
@@ -85,7 +92,10 @@ class ConcaveCell(nnx.Module):
             raise ValueError(
                 f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}"
             )
-        self.activation = activation
+        self.activation, self.features, self.kernel_size = activation, features, kernel_size
+        check_count(self, "features")
+        if kernel_size is not None:
+            check_count(self, "kernel_size")
         largest = 0.01 / (2 * features) ** 0.5
         options: dict[str, Any] = {
             "use_bias": False,
@@ -103,17 +113,46 @@ class ConcaveCell(nnx.Module):
             self.weight = nnx.Conv(features, features, window, kernel_metadata=names, **options)
 
     def inject(self, x: jax.Array) -> jax.Array:
-        """c, like x; the positive part of the input."""
+        """c, like x; the positive part of the input.
+
+        Raises:
+            ValueError: x has another width than the cell.
+        """
+        if x.shape[-1] != self.features:
+            raise ValueError(f"x must be [B, ..., {self.features}], got {list(x.shape)}")
         if self.activation == "sigmoid":
             return nnx.relu(x)
-        return nnx.softplus(_SHARPNESS * x) / _SHARPNESS
+        # Rounded to zero, it would make a fixed point of zero.
+        tiny = jnp.finfo(x.dtype).tiny
+        return jnp.maximum(nnx.softplus(_SHARPNESS * x) / _SHARPNESS, tiny)
 
     def __call__(self, z: jax.Array, injection: jax.Array) -> jax.Array:
         """One application, `[B, ..., features]`."""
         return _ACTIVATIONS[self.activation](self.weight(z) + injection)
 
     def rate(self, injection: jax.Array) -> jax.Array:
-        """The factor r of the class's description for each sample, `[B]`; see there."""
+        """The factor r of the class's description for each sample, `[B]`; NaN if W has negatives.
+
+        It is that of the cell's own kernel. In a layer with a normalisation the cell is
+        `layer.effective_cell()`.
+
+        Args:
+            injection: what `inject` returned.
+        """
         largest = jnp.full_like(injection, _LARGEST[self.activation])
         least, most = self(jnp.zeros_like(injection), injection), self(largest, injection)
-        return 1 - (least / most).reshape(len(injection), -1).min(1)
+        rate = 1 - (least / most).reshape(len(injection), -1).min(1)
+        return jnp.where(jnp.all(self.weight.kernel[...] >= 0), rate, jnp.nan)
+
+    @staticmethod
+    def project(params: PyTree) -> PyTree:
+        """Sets all that is negative to zero.
+
+        Args:
+            params: the parameters of the cell, or of the layer around it, with the gains of a
+                `WeightNorm`, if it has such.
+
+        Returns:
+            A pytree like `params`.
+        """
+        return jax.tree.map(lambda leaf: jnp.maximum(leaf, 0), params)

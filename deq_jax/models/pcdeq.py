@@ -1,6 +1,6 @@
 """Image classifiers around positive concave deep equilibrium layers (pcDEQ)."""
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from flax import nnx
 
 from deq_jax.cells.concave import Activation, ConcaveCell
 from deq_jax.cells.layers import BatchNorm
+from deq_jax.checks import check_count
 from deq_jax.execution import Execution
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
@@ -17,6 +18,8 @@ from deq_jax.partitioning import logical_axes
 from deq_jax.solve import Solver
 from deq_jax.solvers.picard import Picard
 from deq_jax.stability.normalization import WeightNorm
+
+PyTree = Any
 
 _POOL = 8
 
@@ -77,8 +80,9 @@ class PcDEQ(EquilibriumClassifier):
             raise ValueError(
                 f"images must be at least {_POOL}x{_POOL} for form='conv', got {height}x{width}"
             )
-        self.image_shape, self.form = image_shape, form
-        self.features = features or {"dense": 80, "conv": 82}[form]
+        self.image_shape, self.form = (height, width, colours), form
+        self.features = {"dense": 80, "conv": 82}[form] if features is None else features
+        check_count(self, "features")
         kind: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         self.stem: nnx.Linear | nnx.Conv
         if form == "dense":
@@ -122,7 +126,15 @@ class PcDEQ(EquilibriumClassifier):
             z = z.reshape(batch, rows, _POOL, columns, _POOL, features).mean((2, 4))
         return self.head(z.reshape(len(z), -1))
 
-    def project(self, params: Any) -> Any:
+    def rate(self, images: jax.Array) -> jax.Array:
+        """By which factor the error of each sample shrinks in an evaluation, `[B]`.
+
+        See `ConcaveCell`; NaN if weights are negative, so that nothing is known.
+        """
+        cell = cast(Any, self.core.effective_cell())
+        return cell.rate(cell.inject(self.injection(images)))
+
+    def project(self, params: PyTree) -> PyTree:
         """Sets what is negative of the core's weights and gains to zero.
 
         Args:
@@ -132,9 +144,6 @@ class PcDEQ(EquilibriumClassifier):
         Returns:
             A pytree like `params`; what is not of the core is unchanged.
         """
-
-        def projected(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-            of_core = jax.tree_util.keystr(path[:1], simple=True) == "core"
-            return jnp.maximum(leaf, 0) if of_core else leaf
-
-        return jax.tree_util.tree_map_with_path(projected, params)
+        projected = jax.tree.map(lambda leaf: leaf, params)  # a copy
+        projected["core"] = ConcaveCell.project(params["core"])
+        return projected

@@ -166,6 +166,7 @@ def _concave_family(activation: Any) -> Family:
 
 _STRONGLY = "m ‖v‖² to <v, (I - W) v>"
 _DISTANCES = "distances of two images under f to the bound"
+_LIPSCHITZ = f"{_DISTANCES}; or the bound itself, if larger"
 
 FAMILIES: dict[str, Family] = {
     "monotone, dense": Family(
@@ -194,7 +195,7 @@ FAMILIES: dict[str, Family] = {
         (-3, 3),
         (1, 4, 4, 2),
         _lipschitz,
-        _DISTANCES,
+        _LIPSCHITZ,
     ),
     "IGNN": Family(
         functools.partial(IGNNCell, 4),

@@ -163,7 +163,37 @@ def test_classifier_runs_and_has_gradients(form):
     assert model(images).shape == (5, 3)
 
 
+def test_there_is_one_equilibrium_where_the_input_is_tiny():
+    cell = ConcaveCell(1, rngs=nnx.Rngs(0))
+    cell.weight.kernel.set_value(jnp.array([[5.0]]))
+    c = cell.inject(jnp.array([[-18.0], [-100.0]]))
+    z = solve_fixed_point(lambda _, z, c: cell(z, c), (), c, solver=Picard(max_iter=200)).value
+    np.testing.assert_allclose(z, [[0.99991], [0.99991]], atol=1e-4)  # z = tanh(5 z)
+
+
+def test_the_rate_is_that_of_the_normalised_weights():
+    model = PcDEQ(image_shape=(3, 2, 1), form="dense", features=4, rngs=nnx.Rngs(0))
+    images = jnp.asarray(np.random.default_rng(0).uniform(size=(5, 3, 2, 1)), jnp.float32)
+    (gains,) = jax.tree.leaves(nnx.state(model.core.scale))
+    model.eval()
+    small = model.rate(images)
+    nnx.update(model.core.scale, {"weight/kernel": gains * 1e3})
+    large = np.asarray(model.rate(images))
+    kernel = np.float64(model.core.cell.weight.kernel[...])
+    kernel = kernel / np.linalg.norm(kernel, axis=0) * np.float64(gains) * 1e3
+    c = np.log1p(np.exp(5 * np.float64(model.injection(images)))) / 5
+    expected = 1 - (np.tanh(c) / np.tanh(np.ones(4) @ kernel + c)).min(1)
+    np.testing.assert_allclose(large, expected, rtol=1e-3)
+    assert (small < large).all()
+    nnx.update(model.core.cell.weight.kernel, -model.core.cell.weight.kernel[...])
+    assert np.isnan(model.rate(images)).all()
+
+
 def test_errors_name_the_option():
+    with pytest.raises(ValueError, match=r"x must be \[B, ..., 4\], got \[2, 3\]"):
+        ConcaveCell(4, rngs=nnx.Rngs(0)).inject(jnp.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"PcDEQ\.features must be at least 1, got 0"):
+        PcDEQ(features=0, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"activation must be one of tanh, .* got 'relu'"):
         ConcaveCell(4, activation="relu", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="form must be dense or conv, got 'multi'"):
