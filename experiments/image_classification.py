@@ -21,7 +21,7 @@ import functools
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from flax import nnx
 
@@ -145,17 +145,21 @@ class Config(TrainingConfig):
 
     Attributes:
         model: deq; a control made of the same cell, weight_tied (the cell --depth times with the
-            same weights) or explicit (--depth cells with weights of their own); or another family,
-            see docs/guarantees.md.
+            same weights) or explicit (--depth cells with weights of their own); or a network of
+            another family, see docs/families.md: mdeq, mdeq_large, lipschitz_mdeq, resdeq,
+            resdeq_large, mondeq_dense, mondeq_conv, mondeq_multitier, mondeq_conv_large,
+            mondeq_multitier_large, pcdeq1, pcdeq1_dense, pcdeq2 or pcdeq2_dense.
         data: the images.
         network: the network.
     """
 
-    model: Literal["deq", "weight_tied", "explicit", *FAMILIES] = "deq"  # type: ignore[valid-type]
+    model: str = "deq"
     data: group(ImageData) = ImageData()
     network: group(Network) = Network()
 
     def __post_init__(self) -> None:
+        if self.model not in (known := ("deq", "weight_tied", "explicit", *FAMILIES)):
+            raise UsageError(f"--model must be one of {', '.join(known)}; got {self.model}")
         super().__post_init__()
         tools = self.stability
         if self.model not in FAMILIES or tools is None:

@@ -76,6 +76,10 @@ def test_a_run_and_its_report(tmp_path, monkeypatch):
             "--model mdeq has its own normalization and start",
         ),
         (["--model=mondeq_conv_large"], "conv-large was published for other images than those of"),
+        (
+            ["--model=mondeq"],
+            "--model must be one of deq, weight_tied, explicit, mdeq, mdeq_large,",
+        ),
         (["--optim.drops=1.5"], "--optim.drops must be at least 0 and below 1, got 1.5"),
     ],
     ids=str,
@@ -85,6 +89,11 @@ def test_bad_flags(flags, message, tmp_path, monkeypatch):
     ended = run(script, *TINY, "--run.dir=here", *flags)
     assert ended.code == 2
     assert message in ended.complaint
+
+
+def test_help_names_every_model():
+    text = " ".join(script.Config.__doc__.split())
+    assert f": {', '.join(script.FAMILIES)}." in text.replace(" or pcdeq2_dense", ", pcdeq2_dense")
 
 
 def test_the_learning_rate_falls_in_steps():
