@@ -246,8 +246,18 @@ def test_initial_parameters_are_uniform():
         (lambda **o: MonotoneConvCell((4, 4, 1), 2, kernel_size=2, **o), "must be odd, got 2"),
         (lambda **o: MonotoneMultiTierCell((4, 4, 1), (2,), **o), "two resolutions or more"),
         (lambda **o: MonotoneMultiTierCell((6, 4, 1), (2, 2, 2), **o), "multiples of 4, got 6x4"),
+        (lambda **o: MonotoneDenseCell(2, 0, **o), "features must be at least 1, got 0"),
+        (lambda **o: MonotoneConvCell((4, 4, 1), 2, kernel_size=-1, **o), "kernel_size must be at"),
+        (lambda **o: MonotoneMultiTierCell((4, 4, 1), (2, 0), **o), r"each of channels=\(2, 0\)"),
     ],
 )
 def test_errors_say_what_is_wrong(build, message):
     with pytest.raises(ValueError, match=message):
         build(rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 2), (2, 4, 2, 1), (4, 2, 2)])
+def test_images_of_another_shape_are_refused(x64, shape):
+    message = r"x must be \[B, H, W, colours\] = \[B, 4, 2, 2\], as image_shape says; got \["
+    with pytest.raises(ValueError, match=message):
+        cell_of("even grid").inject(jnp.ones(shape))
