@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from deq_jax.cells import fourier
+from deq_jax.cells.layers import convolution
 from deq_jax.cells.monotone import MonotoneConvCell, MonotoneDenseCell, MonotoneMultiTierCell
 from tests import monotone_reference as reference
 
@@ -231,7 +232,8 @@ def test_folding_is_sampling_and_unfolding_inserts_zeros(x64, grid):
 
 def test_initial_parameters_are_uniform():
     cell = MonotoneConvCell((4, 4, 2), 40, rngs=nnx.Rngs(0))
-    for kernel, fan_in in ((cell.a, 360), (cell.input_kernel, 18)):
+    layer = convolution(2, 40, 3, rngs=nnx.Rngs(1))
+    for kernel, fan_in in ((cell.a, 360), (cell.input_kernel, 18), (layer.kernel, 18)):
         scaled = np.asarray(kernel[...]) * np.sqrt(fan_in)
         assert np.abs(scaled).max() <= 1
         assert np.abs(scaled).max() > 0.99
