@@ -278,7 +278,7 @@ class MultiscaleCell(nnx.Module):
         expected = [like.shape for like in jax.eval_shape(self.zeros, x)]
         if isinstance(z, tuple) and [np.shape(leaf) for leaf in z] == expected:
             return
-        got = f"an array of shape {z.shape}" if is_array(z) else f"a {type(z).__name__}"
+        got = f"an array of shape {np.shape(z)}" if is_array(z) else f"a {type(z).__name__}"
         if isinstance(z, tuple | list):
             got += f" of shapes {[np.shape(leaf) for leaf in z]}"
         raise ValueError(
