@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deq_jax import checks
 from deq_jax.control import Control
 from deq_jax.execution import Execution
 from deq_jax.fixed_point import returned
@@ -54,7 +55,8 @@ class MonotoneDEQ(DEQ):
         execution: as for `deq_fixed_point`.
 
     Raises:
-        TypeError: `splitting` is no splitting, or the cell lacks a method that it needs.
+        TypeError: `splitting` is no splitting, the cell is a class or lacks a method that it needs,
+            or a number is assigned to `layer.alpha` instead of `layer.alpha[...]`.
 
     Example: equilibria `[3, 8]` and the resolvent for several batches.
         >>> layer = MonotoneDEQ(MonotoneDenseCell(5, 8, rngs=nnx.Rngs(0)))
@@ -74,6 +76,10 @@ class MonotoneDEQ(DEQ):
         execution: Execution = Execution(),  # noqa: B008  (frozen)
     ):
         check_splitting(splitting)
+        if isinstance(cell, type):
+            raise TypeError(
+                f"cell must be an instance, such as {cell.__name__}(..., rngs=rngs); got the class"
+            )
         needed = ("inject", "multiply", "resolvent", "apply_resolvent", "activation")
         missing = [name for name in needed if not hasattr(cell, name)]
         if missing:
@@ -91,6 +97,12 @@ class MonotoneDEQ(DEQ):
         )
         self._splitting = splitting
         self.alpha = StepSize(jnp.asarray(splitting.alpha, jnp.float32))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute; `alpha` must stay a variable."""
+        if name == "alpha" and checks.is_array(value) and not isinstance(value, nnx.Variable):
+            raise TypeError(f"alpha is a variable; write layer.alpha[...] = {value}")
+        super().__setattr__(name, value)
 
     @property
     def splitting(self) -> Any:

@@ -6,11 +6,13 @@ splitting changes the equation into `u = T(u)`, which has the same solution and 
 solves. Every solver, gradient policy and report of the library then works on T as on any other
 function.
 
-| | T | converges for | z* |
-| --- | --- | --- | --- |
-| `ForwardBackward` | `relu((1 - α) z + α (W z + c))` | `α < 2 m / ‖I - W‖²` | u* |
-| `PeacemanRachford` | `R (2 relu(u) - u + α c) + α c`, `R = 2 V - I` | every α > 0 | relu(u*) |
+| | T(u) | converges for | rate | z* |
+| --- | --- | --- | --- | --- |
+| `ForwardBackward` | `relu(u + α (W u + c - u))` | `α < 2 m / L²` | `√(1 - 2 α m + α² L²)` | u* |
+| `PeacemanRachford` | `R (w + α c) + α c` | α > 0 | `√(1 - 4 α m / (1 + α L)²)` | relu(u*) |
 
+The rate bounds the factor by which an iteration shrinks the error, in the Euclidean norm, and
+`L = ‖I - W‖` is a spectral norm. In the second line `w = 2 relu(u) - u` and `R = 2 V - I`, where
 `V = (I + α (I - W))⁻¹` is the resolvent. It depends on weights alone, so it is computed once,
 outside of the loop, and is part of the `params` of T: every evaluation uses it, forwards and
 backwards, and the derivative with respect to W passes through it once.
@@ -128,8 +130,13 @@ def check_splitting(splitting: Any) -> None:
 class ForwardBackward:
     """Forward-backward splitting, `T(z) = activation((1 - α) z + α (W z + c))`.
 
-    Iteration converges for `α < 2 m / ‖I - W‖²`. One evaluation costs one product with W. With
-    α = 1 it is the equation itself.
+    Iteration converges for `α < 2 m / L²` with `L = ‖I - W‖`, and shrinks an error by a factor of
+    at most √(1 - 2 α m + α² L²). One evaluation costs one product with W. With α = 1 it is the
+    equation itself.
+
+    With a larger α the solve may report `DIVERGED` or use up its budget. L is seldom known and
+    changes in training, so look for α by halving it until the solve converges:
+    `deq_jax.monotone.tune_alpha(layer, x)` does this for a `MonotoneDEQ`.
 
     Attributes:
         alpha: α, a number above 0; it may be traced.

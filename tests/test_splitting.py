@@ -222,17 +222,25 @@ def test_iterations_are_the_published_ones_forwards_and_backwards(x64):
     np.testing.assert_allclose(2 * alpha * found, 2 * w_ - q, rtol=1e-10)
 
 
+@pytest.mark.parametrize("splitting", [PeacemanRachford, ForwardBackward])
 @pytest.mark.parametrize("alpha", [0.01, 0.3, 1.0, 20.0])
-def test_an_iteration_contracts_by_the_stated_factor(x64, alpha):
+def test_an_iteration_contracts_by_the_stated_factor(x64, splitting, alpha):
     rng = np.random.default_rng(5)
     w, c = random_w(rng), jnp.asarray(rng.normal(size=(6, 6)))
-    splitting, operator = PeacemanRachford(alpha), DenseOperator(jnp.asarray(w))
-    resolvent = splitting.prepare(operator)
-    # Where u is positive w is u, and T is R with an offset.
-    offset, columns = (splitting.step(operator, resolvent, u, c) for u in (0 * c, jnp.eye(6)))
-    factor = np.linalg.norm(columns - offset, 2)
+    operator = DenseOperator(jnp.asarray(w))
     length = np.linalg.norm(np.eye(6) - w, 2)
-    assert factor <= np.sqrt(1 - 4 * alpha * 0.4 / (1 + alpha * length) ** 2)
+    if splitting is PeacemanRachford:
+        rate = np.sqrt(1 - 4 * alpha * 0.4 / (1 + alpha * length) ** 2)
+    else:
+        c = c + 1e3  # keeps the activation open
+        rate = np.sqrt(1 - 2 * alpha * 0.4 + alpha**2 * length**2)
+    resolvent = splitting(alpha).prepare(operator)
+    # Where u is positive w is u, and T is R, or I - α (I - W), with an offset.
+    offset, columns = (
+        splitting(alpha).step(operator, resolvent, u, c) for u in (0 * c, jnp.eye(6))
+    )
+    factor = np.linalg.norm(columns - offset, 2)
+    assert 0.2 * rate < factor <= rate
 
 
 def dense_layer(seed=0, features=32, scale=1.0, **options):
@@ -309,6 +317,8 @@ def test_the_step_size_is_tuned(splitting):
     chosen = next(trial for trial in good if trial.alpha == search.alpha)
     assert chosen.evaluations == min(trial.evaluations for trial in good)
     assert int(layer(x, return_stats=True)[1].evaluations) == chosen.evaluations
+    if isinstance(splitting, ForwardBackward):
+        assert not search.trials[0].converged  # the first step sizes were too large
     last = search.trials[-1]
     assert not last.converged or last.evaluations > chosen.evaluations
 
@@ -381,6 +391,21 @@ def test_another_backward_solver():
             lambda: MonotoneDEQ(ResNetCell(8, 8, rngs=nnx.Rngs(0))),
             TypeError,
             "ResNetCell lacks inject, multiply, resolvent",
+        ),
+        (
+            lambda: MonotoneDEQ(MonotoneDenseCell),
+            TypeError,
+            r"cell must be an instance, such as MonotoneDenseCell\(..., rngs=rngs\)",
+        ),
+        (
+            lambda: setattr(dense_layer(), "alpha", 0.5),
+            TypeError,
+            r"write layer.alpha\[...\] = 0.5",
+        ),
+        (
+            lambda: dense_layer()(jnp.ones(8)),
+            ValueError,
+            r"x must be \[B, in_features\] = \[B, 8\], got \[8\]",
         ),
     ],
 )

@@ -4,14 +4,43 @@ GroupNorm and BatchNorm are Flax's, which here work in float64 and under strict 
 too. Flax's own promote dtypes implicitly.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deq_jax.checks import check_positive_integer
 from deq_jax.partitioning import logical_axes
 from deq_jax.tree import accumulation_dtype
+
+
+def check_sizes(**sizes: int | Sequence[int]) -> None:
+    """Raises unless each argument is an integer of at least 1, or a sequence of such integers.
+
+    Raises:
+        TypeError: one is not an integer.
+        ValueError: one is below 1. Both messages name the argument.
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, Sequence):
+            check_positive_integer(name, size)
+            continue
+        for one in size:
+            check_positive_integer(f"each of {name}={tuple(size)}", one)
+
+
+def uniform(fan_in: int) -> nnx.Initializer:
+    """PyTorch's default initialisation of kernels and biases, `U(±1 / √fan_in)`."""
+    bound = 1 / math.sqrt(fan_in)
+
+    def draw(key: jax.Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Any:
+        del out_sharding
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return draw
 
 
 def convolution(
@@ -41,7 +70,7 @@ def convolution(
         param_dtype: dtype of the parameters.
         rngs: stream `params`.
     """
-    usual = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    usual = uniform(into * size**2)
     return nnx.Conv(
         into,
         out,

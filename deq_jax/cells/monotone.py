@@ -15,7 +15,6 @@ Source: Winston and Kolter, "Monotone operator equilibrium networks", 2020.
 """
 
 import itertools
-import math
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -26,6 +25,7 @@ from jax import lax
 from deq_jax import checks
 from deq_jax.cells import fourier
 from deq_jax.cells.fourier import Grid
+from deq_jax.cells.layers import check_sizes, uniform
 from deq_jax.partitioning import logical_axes
 
 PyTree = Any
@@ -82,17 +82,6 @@ class _MonotoneCell(nnx.Module):
         checks.check_number(self, "m", above=0.0)
 
 
-def uniform(fan_in: int) -> nnx.Initializer:
-    """PyTorch's default initialisation of kernels and biases."""
-    bound = 1 / math.sqrt(fan_in)
-
-    def draw(key: jax.Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Any:
-        del out_sharding
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return draw
-
-
 class MonotoneDenseCell(_MonotoneCell):
     """A dense monotone cell.
 
@@ -111,7 +100,7 @@ class MonotoneDenseCell(_MonotoneCell):
         rngs: stream `params`.
 
     Raises:
-        ValueError, TypeError: `m` is not positive.
+        ValueError, TypeError: `m` or a size is not positive.
 
     Example: three equilibria, `[3, 8]`.
         >>> cell = MonotoneDenseCell(5, 8, rngs=nnx.Rngs(0))
@@ -128,6 +117,7 @@ class MonotoneDenseCell(_MonotoneCell):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_sizes(in_features=in_features, features=features)
         self.m = m
         self._check_monotonicity()
         self.injection = nnx.Linear(
@@ -144,7 +134,16 @@ class MonotoneDenseCell(_MonotoneCell):
         self.b = nnx.Param(draw(rngs.params(), shape, param_dtype))
 
     def inject(self, x: jax.Array) -> jax.Array:
-        """`U x + b`, `[B, features]`, of `[B, in_features]`."""
+        """`U x + b`, `[B, features]`, of `[B, in_features]`.
+
+        Raises:
+            ValueError: x has another shape.
+        """
+        if x.ndim < 2 or x.shape[-1] != self.injection.in_features:
+            raise ValueError(
+                f"x must be [B, in_features] = [B, {self.injection.in_features}], got "
+                f"{list(x.shape)}; one sample by itself is x[None]"
+            )
         return self.injection(x)
 
     def matrix(self) -> jax.Array:
@@ -183,18 +182,33 @@ class _Convolutions(_MonotoneCell):
         return nnx.Param(jnp.ones((), self.param_dtype))
 
     def _set_up(
-        self, m: float, kernel_size: int, colours: int, channels: int, dtype: Any, rngs: nnx.Rngs
+        self,
+        m: float,
+        kernel_size: int,
+        image_shape: tuple[int, int, int],
+        channels: int,
+        dtype: Any,
+        rngs: nnx.Rngs,
     ) -> None:
+        check_sizes(kernel_size=kernel_size)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         self.m, self.kernel_size, self.border = m, kernel_size, kernel_size // 2
         self.param_dtype = dtype
         self._check_monotonicity()
+        self.image_shape = image_shape
+        colours = image_shape[-1]
         fan_in = colours * kernel_size**2
         self.input_kernel = self._kernel(colours, channels, rngs)
         self.input_bias = nnx.Param(uniform(fan_in)(rngs.params(), (channels,), dtype))
 
     def _inject(self, x: jax.Array) -> jax.Array:
+        if x.shape[1:] != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            raise ValueError(
+                f"x must be [B, H, W, colours] = [B, {expected}], as image_shape says; got "
+                f"{list(x.shape)}"
+            )
         p = self.border
         padded = jnp.pad(x, ((0, 0), (p, p), (p, p), (0, 0)))
         return _convolve(padded, self.input_kernel[...]) + self.input_bias[...]
@@ -283,7 +297,7 @@ class MonotoneConvCell(_Convolutions):
         rngs: stream `params`.
 
     Raises:
-        ValueError, TypeError: `m` is not positive, or `kernel_size` is even.
+        ValueError, TypeError: `m` or a size is not positive, or `kernel_size` is even.
 
     Example: two equilibria, `[2, 8, 8, 4]`.
         >>> cell = MonotoneConvCell((6, 6, 1), 4, rngs=nnx.Rngs(0))
@@ -301,15 +315,20 @@ class MonotoneConvCell(_Convolutions):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_sizes(image_shape=image_shape, channels=channels)
         height, width, colours = image_shape
-        self._set_up(m, kernel_size, colours, channels, param_dtype, rngs)
+        self._set_up(m, kernel_size, (height, width, colours), channels, param_dtype, rngs)
         self.grid = (height + 2 * self.border, width + 2 * self.border)
         self.a = self._kernel(channels, channels, rngs)
         self.b = self._kernel(channels, channels, rngs)
         self.g, self.h = self._scalar(), self._scalar()
 
     def inject(self, x: jax.Array) -> jax.Array:
-        """`U x + b`, `[B, H + 2 p, W + 2 p, channels]`, of images `[B, H, W, colours]`."""
+        """`U x + b`, `[B, H + 2 p, W + 2 p, channels]`, of images `[B, H, W, colours]`.
+
+        Raises:
+            ValueError: x has another shape.
+        """
         return self._inject(x)
 
     def multiply(self, z: jax.Array) -> jax.Array:
@@ -398,8 +417,8 @@ class MonotoneMultiTierCell(_Convolutions):
         rngs: stream `params`.
 
     Raises:
-        ValueError, TypeError: `m` is not positive, `kernel_size` is even, there are fewer than two
-            resolutions, or the image cannot be halved so often.
+        ValueError, TypeError: `m` or a size is not positive, `kernel_size` is even, there are fewer
+            than two resolutions, or the image cannot be halved so often.
 
     Example: equilibria `[2, 10, 10, 4]` and `[2, 6, 6, 8]`.
         >>> cell = MonotoneMultiTierCell((8, 8, 1), (4, 8), rngs=nnx.Rngs(0))
@@ -417,8 +436,9 @@ class MonotoneMultiTierCell(_Convolutions):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        height, width, colours = image_shape
         channels = tuple(channels)
+        check_sizes(image_shape=image_shape, channels=channels)
+        height, width, colours = image_shape
         if len(channels) < 2:
             raise ValueError(
                 "channels must be those of two resolutions or more, such as (16, 32), got "
@@ -430,7 +450,7 @@ class MonotoneMultiTierCell(_Convolutions):
                 f"{len(channels)} resolutions need an image whose sides are multiples of {factor}, "
                 f"got {height}x{width}"
             )
-        self._set_up(m, kernel_size, colours, channels[0], param_dtype, rngs)
+        self._set_up(m, kernel_size, (height, width, colours), channels[0], param_dtype, rngs)
         p = self.border
         self.channels = channels
         self.grids = tuple(
@@ -445,7 +465,11 @@ class MonotoneMultiTierCell(_Convolutions):
         self.s = nnx.List([self._scalar() for _ in pairs])
 
     def inject(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """`U x + b` at the finest resolution, zeros at the others."""
+        """`U x + b` at the finest resolution, zeros at the others.
+
+        Raises:
+            ValueError: x is not `[B, H, W, colours]`.
+        """
         first = self._inject(x)
         rest = zip(self.grids[1:], self.channels[1:], strict=True)
         return (first, *(jnp.zeros((len(x), *grid, c), first.dtype) for grid, c in rest))

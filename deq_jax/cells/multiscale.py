@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 
 from deq_jax.cells.attention import check_choice
-from deq_jax.cells.layers import GroupNorm, convolution
-from deq_jax.checks import check_number
+from deq_jax.cells.layers import GroupNorm, check_sizes, convolution
+from deq_jax.checks import check_number, is_array
 from deq_jax.stability.dropout import broadcast_axes
 from deq_jax.stability.normalization import WeightNorm
 from deq_jax.stability.projections import (
@@ -52,8 +52,8 @@ class Lipschitz:
             order.
         projection: `operator` bounds the norm of the convolution itself, and f contracts.
             `matrix`, as published, bounds the norm of the kernel as a matrix
-            `[kh · kw · in, out]`. The convolution's own norm may be `√(kh · kw)` times as large, so
-            this bounds nothing.
+            `[kh · kw · in, out]`. That bounds the norm of the convolution itself by
+            `√(kh · kw) · kernel_norm` only, so f need not contract.
 
     Raises:
         ValueError, TypeError: a field is out of its range; the message names it.
@@ -134,9 +134,10 @@ class MultiscaleCell(nnx.Module):
         rngs: stream `params`, and `dropout` where there is dropout.
 
     Raises:
-        ValueError: fewer than two branches, channels that are no multiples of `groups`, kernel
-            sizes that are even or of another number, a dropout outside [0, 1), or options of
-            `lipschitz` under which f need not contract.
+        ValueError: fewer than two branches, sizes below 1, channels that are no multiples of
+            `groups`, kernel sizes that are even or of another number, a dropout outside [0, 1), or
+            options of `lipschitz` under which f need not contract.
+        TypeError: sizes that are no integers, or `lipschitz` is something else.
 
     Example:
         >>> import jax.numpy as jnp
@@ -166,6 +167,9 @@ class MultiscaleCell(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if lipschitz is not None and not isinstance(lipschitz, Lipschitz):
+            raise TypeError(f"lipschitz must be Lipschitz(...) or None, got {lipschitz!r}")
+        check_sizes(channels=channels, expansion=expansion, groups=groups, kernel_size=kernel_size)
         channels = tuple(channels)
         count = len(channels)
         if count < 2:
@@ -270,19 +274,26 @@ class MultiscaleCell(nnx.Module):
             for i, channels in enumerate(self.channels)
         )
 
-    def _check(self, z: State, x: jax.Array) -> None:
+    def _check(self, z: Any, x: jax.Array) -> None:
         expected = [like.shape for like in jax.eval_shape(self.zeros, x)]
-        got = [leaf.shape for leaf in z] if isinstance(z, tuple) else type(z).__name__
-        if got != expected:
-            raise ValueError(
-                f"the state must be a tuple of arrays {expected}, as cell.zeros(x) is; got {got}. "
-                "Pass it to the layer as z0"
-            )
+        if isinstance(z, tuple) and [np.shape(leaf) for leaf in z] == expected:
+            return
+        got = f"an array of shape {np.shape(z)}" if is_array(z) else f"a {type(z).__name__}"
+        if isinstance(z, tuple | list):
+            got += f" of shapes {[np.shape(leaf) for leaf in z]}"
+        raise ValueError(
+            f"the state must be a tuple of arrays of shapes {expected}, as cell.zeros(x) is; got "
+            f"{got}. Call the layer as layer(x, cell.zeros(x))"
+        )
 
     # ------------------------------------------------------------------- the Lipschitz variant
 
     def constrain(self, spatial_shape: tuple[int, int]) -> None:
         """Puts the cell's own parameters into the set that `lipschitz` describes.
+
+        The cell changes in place. A training step works on the parameters as values instead:
+        `MDEQ.project(params)` does the same as a pure function. `lipschitz_bound` tells whether
+        the present parameters make f contract, projected or not.
 
         Args:
             spatial_shape: height and width of the finest branch.

@@ -1,10 +1,13 @@
 """What image classifiers around an equilibrium have in common."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from deq_jax.cells.layers import check_sizes
 from deq_jax.stats import BackwardProbe, SolveStats
 
 PyTree = Any
@@ -75,6 +78,7 @@ class EquilibriumClassifier(nnx.Module):
 
         Raises:
             ValueError: images of another shape than `image_shape`.
+            TypeError: images that are not floating.
         """
         injection = self.injection(images)
         z, stats = self.core(
@@ -86,14 +90,37 @@ class EquilibriumClassifier(nnx.Module):
         return (logits, stats) if return_stats else logits
 
     def check_images(self, images: jax.Array) -> None:
-        """Raises a ValueError unless images are `[B, *image_shape]`."""
+        """Raises unless images are floating and `[B, *image_shape]`."""
         check_images(images, self.image_shape)
 
 
+def as_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
+    """The argument `image_shape` as a tuple.
+
+    Raises:
+        ValueError, TypeError: it is not three integers of at least 1.
+    """
+    if len(image_shape) != 3:
+        raise ValueError(f"image_shape must be (height, width, channels), got {tuple(image_shape)}")
+    check_sizes(image_shape=image_shape)
+    height, width, channels = image_shape
+    return height, width, channels
+
+
 def check_images(images: jax.Array, image_shape: tuple[int, int, int]) -> None:
-    """Raises a ValueError unless images are `[B, *image_shape]`."""
+    """Raises unless images are floating and `[B, *image_shape]`.
+
+    Raises:
+        ValueError: images of another shape.
+        TypeError: images that are not floating, such as uint8.
+    """
     if images.shape[1:] != image_shape:
         raise ValueError(
             f"images must have shape [B, {', '.join(map(str, image_shape))}], "
             f"got {list(images.shape)}"
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(
+            f"images must be floating, with pixels in [0, 1]; got {images.dtype}. Pass "
+            "images.astype(jnp.float32) / 255"
         )

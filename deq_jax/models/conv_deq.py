@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deq_jax.cells.layers import check_sizes
 from deq_jax.cells.resnet import ResNetCell
 from deq_jax.checks import check_count
 from deq_jax.execution import Execution
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
-from deq_jax.models.classifier import EquilibriumClassifier, check_images
+from deq_jax.models.classifier import EquilibriumClassifier, as_image_shape, check_images
 from deq_jax.nnx import DEQ
 from deq_jax.partitioning import logical_axes
 from deq_jax.solve import Solver
@@ -49,7 +50,7 @@ class _ImageClassifier(nnx.Module):
         rngs: stream `params`, and `dropout` where there is dropout.
 
     Raises:
-        ValueError: `pool` does not divide the image.
+        ValueError, TypeError: `pool` does not divide the image, or a size is not positive.
     """
 
     def __init__(
@@ -65,10 +66,16 @@ class _ImageClassifier(nnx.Module):
         dropout: float = 0.0,
         rngs: nnx.Rngs,
     ):
-        height, width, colours = image_shape
+        check_sizes(
+            num_classes=num_classes,
+            channels=channels,
+            inner_channels=inner_channels,
+            groups=groups,
+            pool=pool,
+        )
+        self.image_shape = height, width, colours = as_image_shape(image_shape)
         if height % pool or width % pool:
             raise ValueError(f"pool={pool} must divide the image's {height}x{width}")
-        self.image_shape = image_shape
         self.channels, self.inner_channels, self.groups = channels, inner_channels, groups
         self.pool, self.kernel_std, self.dropout = pool, kernel_std, dropout
         names = logical_axes(None, None, None, "channels")

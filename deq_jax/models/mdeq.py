@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deq_jax.cells.layers import ConvNorm
+from deq_jax.cells.layers import ConvNorm, check_sizes
 from deq_jax.cells.multiscale import WEIGHT_NORM, Lipschitz, MultiscaleCell, State
 from deq_jax.execution import Execution
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
-from deq_jax.models.classifier import EquilibriumClassifier
+from deq_jax.models.classifier import EquilibriumClassifier, as_image_shape
 from deq_jax.nnx import DEQ
 from deq_jax.partitioning import logical_axes
 from deq_jax.solve import Solver
@@ -102,8 +102,8 @@ class MDEQ(EquilibriumClassifier):
         rngs: stream `params`, and `dropout` where there is dropout.
 
     Raises:
-        ValueError: sizes that do not fit, a normalisation together with `lipschitz`, or as for
-            `MultiscaleCell`.
+        ValueError, TypeError: sizes that do not fit, a normalisation together with `lipschitz`, or
+            as for `MultiscaleCell`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -138,6 +138,15 @@ class MDEQ(EquilibriumClassifier):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        image_shape = as_image_shape(image_shape)
+        check_sizes(
+            num_classes=num_classes,
+            channels=channels,
+            head_channels=head_channels,
+            features=features,
+        )
+        if not isinstance(downsamplings, int) or downsamplings < 0:
+            raise ValueError(f"downsamplings must be an integer >= 0, got {downsamplings!r}")
         if len(head_channels) != len(channels):
             raise ValueError(
                 f"head_channels={tuple(head_channels)} must name a number for each branch of "
@@ -215,6 +224,11 @@ class MDEQ(EquilibriumClassifier):
     def project(self, params: PyTree) -> PyTree:
         """Parameters that `lipschitz` allows, for use after each step of an optimiser.
 
+        This is `MultiscaleCell.constrain` as a pure function, of the whole model's parameters.
+        `constrain` changes the cell in place instead; the constructor calls it, so the initial
+        parameters are in the set already. After a step without `project` they may not be:
+        `lipschitz_bound()` tells whether the cell still contracts.
+
         Args:
             params: the model's `nnx.Param` state, or its pure values.
 
@@ -231,7 +245,10 @@ class MDEQ(EquilibriumClassifier):
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
     def lipschitz_bound(self) -> jax.Array:
-        """The bound on the cell's Lipschitz constant, see `MultiscaleCell.lipschitz_bound`."""
+        """A bound on the Lipschitz constant of the present cell, which contracts if it is below 1.
+
+        See `MultiscaleCell.lipschitz_bound`.
+        """
         return self.core.cell.lipschitz_bound(self.state_shape)
 
 

@@ -16,16 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deq_jax.cells.monotone import (
-    MonotoneConvCell,
-    MonotoneDenseCell,
-    MonotoneMultiTierCell,
-    uniform,
-)
+from deq_jax.cells.layers import check_sizes, uniform
+from deq_jax.cells.monotone import MonotoneConvCell, MonotoneDenseCell, MonotoneMultiTierCell
 from deq_jax.execution import Execution
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
-from deq_jax.models.classifier import EquilibriumClassifier
+from deq_jax.models.classifier import EquilibriumClassifier, as_image_shape
 from deq_jax.monotone import AlphaSearch, MonotoneDEQ, tune_alpha
 from deq_jax.partitioning import logical_axes
 from deq_jax.solve import Solver
@@ -66,8 +62,8 @@ class MonDEQ(EquilibriumClassifier):
         core: the `MonotoneDEQ`.
 
     Raises:
-        ValueError: `operator` is unknown, `widths` does not fit it, a standard deviation is not
-            positive, or the image is too small or cannot be halved so often.
+        ValueError, TypeError: `operator` is unknown, `widths` does not fit it, a size or a standard
+            deviation is not positive, or the image is too small or cannot be halved so often.
 
     Example: logits `[2, 10]`.
         >>> model = MonDEQ(**PUBLISHED["mnist-dense"], rngs=nnx.Rngs(0))
@@ -91,11 +87,17 @@ class MonDEQ(EquilibriumClassifier):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        widths = tuple(widths)
+        widths, image_shape = tuple(widths), as_image_shape(image_shape)
+        check_sizes(widths=widths, num_classes=num_classes)
         if operator not in get_args(Operator):
             raise ValueError(f"operator must be one of {get_args(Operator)}, got {operator!r}")
         if operator != "multitier" and len(widths) != 1:
             raise ValueError(f'widths must be one number with operator="{operator}", got {widths}')
+        if operator == "multitier" and len(widths) < 2:
+            raise ValueError(
+                f'widths must be two or more with operator="{operator}", such as (16, 32, 32); got '
+                f"{widths}"
+            )
         self.image_shape, self.operator = image_shape, operator
         self.mean, self.std = (
             _of_channels("mean", mean, image_shape),
@@ -135,10 +137,11 @@ class MonDEQ(EquilibriumClassifier):
         """What the core is given: standardised images, flattened for a dense core.
 
         Args:
-            images: `[B, H, W, C]`.
+            images: `[B, H, W, C]`, floating, with pixels in the units of `mean` and `std`.
 
         Raises:
             ValueError: they have another shape.
+            TypeError: they are not floating.
         """
         self.check_images(images)
         mean, std = (jnp.asarray(values, images.dtype) for values in (self.mean, self.std))

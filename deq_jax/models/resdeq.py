@@ -23,14 +23,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deq_jax.cells.layers import BatchNorm, ConvNorm, convolution
+from deq_jax.cells.layers import BatchNorm, ConvNorm, check_sizes, convolution
 from deq_jax.cells.resnet import ResNetCell
 from deq_jax.closure import Cell
 from deq_jax.control import Control
 from deq_jax.execution import Execution
 from deq_jax.gradients.policy import GradientPolicy
 from deq_jax.gradients.reversed import Reversed
-from deq_jax.models.classifier import EquilibriumClassifier
+from deq_jax.models.classifier import EquilibriumClassifier, as_image_shape
 from deq_jax.nnx import DEQ
 from deq_jax.partitioning import logical_axes
 from deq_jax.solve import Solver
@@ -69,7 +69,7 @@ class ResDEQ(EquilibriumClassifier):
         rngs: stream `params`, and `dropout` where there is dropout.
 
     Raises:
-        ValueError: sizes that do not fit.
+        ValueError, TypeError: sizes that do not fit or are not positive.
 
     Example:
         >>> import jax.numpy as jnp
@@ -96,6 +96,10 @@ class ResDEQ(EquilibriumClassifier):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        image_shape = as_image_shape(image_shape)
+        check_sizes(
+            num_classes=num_classes, channels=channels, widths=widths, group_size=group_size
+        )
         if len(channels) != len(widths) or not channels:
             raise ValueError(
                 f"channels={tuple(channels)} and widths={tuple(widths)} must name one number for "

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from deq_jax.cells import fourier
+from deq_jax.cells.layers import convolution
 from deq_jax.cells.monotone import MonotoneConvCell, MonotoneDenseCell, MonotoneMultiTierCell
 from tests import monotone_reference as reference
 
@@ -231,7 +232,8 @@ def test_folding_is_sampling_and_unfolding_inserts_zeros(x64, grid):
 
 def test_initial_parameters_are_uniform():
     cell = MonotoneConvCell((4, 4, 2), 40, rngs=nnx.Rngs(0))
-    for kernel, fan_in in ((cell.a, 360), (cell.input_kernel, 18)):
+    layer = convolution(2, 40, 3, rngs=nnx.Rngs(1))
+    for kernel, fan_in in ((cell.a, 360), (cell.input_kernel, 18), (layer.kernel, 18)):
         scaled = np.asarray(kernel[...]) * np.sqrt(fan_in)
         assert np.abs(scaled).max() <= 1
         assert np.abs(scaled).max() > 0.99
@@ -246,8 +248,18 @@ def test_initial_parameters_are_uniform():
         (lambda **o: MonotoneConvCell((4, 4, 1), 2, kernel_size=2, **o), "must be odd, got 2"),
         (lambda **o: MonotoneMultiTierCell((4, 4, 1), (2,), **o), "two resolutions or more"),
         (lambda **o: MonotoneMultiTierCell((6, 4, 1), (2, 2, 2), **o), "multiples of 4, got 6x4"),
+        (lambda **o: MonotoneDenseCell(2, 0, **o), "features must be at least 1, got 0"),
+        (lambda **o: MonotoneConvCell((4, 4, 1), 2, kernel_size=-1, **o), "kernel_size must be at"),
+        (lambda **o: MonotoneMultiTierCell((4, 4, 1), (2, 0), **o), r"each of channels=\(2, 0\)"),
     ],
 )
 def test_errors_say_what_is_wrong(build, message):
     with pytest.raises(ValueError, match=message):
         build(rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 2), (2, 4, 2, 1), (4, 2, 2)])
+def test_images_of_another_shape_are_refused(x64, shape):
+    message = r"x must be \[B, H, W, colours\] = \[B, 4, 2, 2\], as image_shape says; got \["
+    with pytest.raises(ValueError, match=message):
+        cell_of("even grid").inject(jnp.ones(shape))

@@ -300,6 +300,10 @@ def test_projection_of_matrices_guarantees_nothing(x64):
         ((4, 4), {"kernel_size": 4}, "kernel_size=4 must be odd"),
         ((4, 4), {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ((4, 4), {"lipschitz": Lipschitz(kernel_norm=5.0)}, "which must be below 1"),
+        ((4, 0), {}, r"each of channels=\(4, 0\) must be at least 1, got 0"),
+        ((4, 4), {"groups": 0}, "groups must be at least 1, got 0"),
+        ((4, 4), {"kernel_size": -1}, "kernel_size must be at least 1, got -1"),
+        ((4, 4), {"expansion": 0}, "expansion must be at least 1, got 0"),
     ],
 )
 def test_bad_options_are_named(channels, options, message):
@@ -320,10 +324,15 @@ def test_bad_states_and_inputs_are_named():
     ):
         cell.zeros(jnp.zeros((1, 6, 4, 4)))
     x = jnp.zeros((1, 4, 4, 4))
-    with pytest.raises(ValueError, match="Pass it to the layer as z0"):
-        DEQ(cell)(x)
-    with pytest.raises(ValueError, match=r"as cell.zeros\(x\) is"):
-        cell(cell.zeros(x)[:2], x)
+    for z, got in (
+        (x, r"an array of shape \(1, 4, 4, 4\)"),
+        (cell.zeros(x)[:2], r"a tuple of shapes \[\(1, 4, 4, 4\), \(1, 2, 2, 2\)\]"),
+        (None, "a NoneType"),
+    ):
+        with pytest.raises(ValueError, match=got + r". Call the layer as layer\(x, cell.zeros"):
+            jax.eval_shape(cell, z, x)
+    with pytest.raises(TypeError, match=r"must be Lipschitz\(...\) or None, got True"):
+        make((4, 4), lipschitz=True)
     with pytest.raises(ValueError, match=r"lipschitz=Lipschitz\(\)"):
         cell.lipschitz_bound((4, 4))
     with pytest.raises(ValueError, match="projection must be one of"):

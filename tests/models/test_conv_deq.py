@@ -255,6 +255,7 @@ def test_probe_reports_the_backward_solve():
         ({"pool": 4}, r"pool=4 must divide the image's 6x4"),
         ({"groups": 3}, r"channels=8 must be a multiple of groups=3"),
         ({"inner_channels": 10}, r"inner_channels=10 must be a multiple of groups=4"),
+        ({"pool": 0}, "pool must be at least 1, got 0"),
     ],
 )
 def test_bad_shapes_are_named(network, options, message):
@@ -265,7 +266,9 @@ def test_bad_shapes_are_named(network, options, message):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_bad_images_are_named(name):
     with pytest.raises(ValueError, match=r"\[B, 6, 4, 2\], got \[3, 4, 6, 2\]"):
-        NETWORKS[name](**SMALL)(images(3, (4, 6, 2)))
+        NETWORKS[name](**SMALL | {"image_shape": [6, 4, 2]})(images(3, (4, 6, 2)))
+    with pytest.raises(TypeError, match=r"images must be floating, .* got uint8"):
+        NETWORKS[name](**SMALL)(jnp.zeros((3, 6, 4, 2), jnp.uint8))
 
 
 @pytest.mark.parametrize("network", [WeightTiedConvNet, ExplicitConvNet])

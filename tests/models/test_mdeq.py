@@ -193,6 +193,9 @@ def test_projection_of_the_parameters():
         ({"downsamplings": 2}, "must be multiples of 8, for 2 branches and 2 downsamplings"),
         ({"head_channels": (2,)}, "must name a number for each branch"),
         ({"lipschitz": Lipschitz()}, "pass normalization=None"),
+        ({"downsamplings": -1}, "downsamplings must be an integer >= 0, got -1"),
+        ({"features": 0}, "features must be at least 1, got 0"),
+        ({"head_channels": (2, 0)}, r"each of head_channels=\(2, 0\) must be at least 1, got 0"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -201,5 +204,8 @@ def test_bad_options_are_named(options, message):
 
 
 def test_bad_images_are_named():
+    model = nnx.eval_shape(lambda: MDEQ(**SMALL | {"image_shape": [8, 4, 2]}, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"\[B, 8, 4, 2\], got \[3, 4, 8, 2\]"):
-        make()(jnp.zeros((3, 4, 8, 2)))
+        model(jnp.zeros((3, 4, 8, 2)))
+    with pytest.raises(TypeError, match=r"images must be floating, .* got int32"):
+        model(jnp.zeros((3, 8, 4, 2), jnp.int32))

@@ -157,6 +157,10 @@ def test_the_equation_outside_of_the_layer():
         ({"operator": "dense", "widths": (2,), "std": 0.0}, "std must be positive"),
         ({"operator": "dense", "widths": (2,), "mean": (0.1,) * 3}, "one number or 2"),
         ({"operator": "multitier", "widths": (2, 2, 2)}, "multiples of 4"),
+        ({"operator": "multitier", "widths": (2,)}, r'two or more with operator="multitier", such'),
+        ({"operator": "conv", "widths": (0,)}, r"each of widths=\(0,\) must be at least 1"),
+        ({"num_classes": 0}, "num_classes must be at least 1"),
+        ({"image_shape": (28, 28)}, r"image_shape must be \(height, width, channels\), got"),
     ],
 )
 def test_errors_say_what_is_wrong(options, message):
@@ -183,3 +187,11 @@ def test_resolvent_at_the_published_size():
 
     for found, expected in zip(round_trip(model, z), z, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_list_as_image_shape_and_integer_pixels():
+    options = {**SMALL, "image_shape": [4, 6, 2], "operator": "dense", "widths": [6]}
+    model = MonDEQ(**options, rngs=nnx.Rngs(0))
+    assert model.injection(jnp.ones((1, 4, 6, 2))).shape == (1, 48)
+    with pytest.raises(TypeError, match=r"got uint8. Pass images.astype\(jnp.float32\) / 255"):
+        model(jnp.zeros((1, 4, 6, 2), jnp.uint8))

@@ -23,7 +23,8 @@ def abstract(**options):
 
 def make(**options):
     """A small network with random weights, made without compiling its initialisers."""
-    model = randomise(abstract(**OPTIONS | options), np.random.default_rng(0), 0.3)
+    options = {**OPTIONS, "image_shape": [4, 4, 2], **options}  # a list, as from a file
+    model = randomise(abstract(**options), np.random.default_rng(0), 0.3)
     statistics = nnx.state(model, nnx.BatchStat)
     nnx.update(model, jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), statistics))
     return model
@@ -167,6 +168,8 @@ def test_published_solver_and_its_gradient_are_traced():
         ({"widths": (1,)}, "must name one number for each stage"),
         ({"group_size": 4}, r"channels=\(4, 2\) must be multiples of group_size=4"),
         ({"image_shape": (4, 3, 2)}, r"must be multiples of 2 for 2 stages"),
+        ({"group_size": 0}, "group_size must be at least 1, got 0"),
+        ({"widths": (1, 0)}, r"each of widths=\(1, 0\) must be at least 1, got 0"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -180,3 +183,5 @@ def test_states_on_the_way_and_bad_images_are_refused():
         model.core(jnp.zeros((1, 4, 4, 4)), sample_at=(2,))
     with pytest.raises(ValueError, match=r"\[B, 4, 4, 2\], got \[3, 4, 4, 3\]"):
         model(jnp.zeros((3, 4, 4, 3)))
+    with pytest.raises(TypeError, match=r"images must be floating, .* got uint8"):
+        model(jnp.zeros((3, 4, 4, 2), jnp.uint8))
