@@ -12,7 +12,7 @@ from deq_jax.checks import check_count
 from deq_jax.execution import Execution
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
-from deq_jax.models.classifier import EquilibriumClassifier
+from deq_jax.models.classifier import EquilibriumClassifier, as_image_shape
 from deq_jax.nnx import DEQ
 from deq_jax.partitioning import logical_axes
 from deq_jax.solve import Solver
@@ -75,12 +75,12 @@ class PcDEQ(EquilibriumClassifier):
     ):
         if form not in ("dense", "conv"):
             raise ValueError(f"form must be dense or conv, got {form!r}")
-        height, width, colours = image_shape
+        height, width, colours = image_shape = as_image_shape(image_shape)
         if form == "conv" and min(height, width) < _POOL:
             raise ValueError(
                 f"images must be at least {_POOL}x{_POOL} for form='conv', got {height}x{width}"
             )
-        self.image_shape, self.form = (height, width, colours), form
+        self.image_shape, self.form = image_shape, form
         self.features = {"dense": 80, "conv": 82}[form] if features is None else features
         check_count(self, "features")
         kind: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
