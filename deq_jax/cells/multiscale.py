@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deq_jax.cells.attention import check_choice
 from deq_jax.cells.layers import GroupNorm, convolution
-from deq_jax.checks import check_number
+from deq_jax.checks import check_choice, check_number
 from deq_jax.stability.dropout import broadcast_axes
 from deq_jax.stability.normalization import WeightNorm
 from deq_jax.stability.projections import (

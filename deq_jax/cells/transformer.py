@@ -16,8 +16,6 @@ from deq_jax.cells.attention import (
     attend,
     attention_mask,
     block_positions,
-    check_choice,
-    check_range,
     check_sequence,
     dropped,
     normalise,
@@ -28,7 +26,7 @@ from deq_jax.cells.attention import (
     sinusoids,
     whole_sequence,
 )
-from deq_jax.checks import check_positive_integer
+from deq_jax.checks import check_choice, check_positive_integer, check_range
 from deq_jax.partitioning import logical_axes
 from deq_jax.stability.dropout import broadcast_axes
 
@@ -149,11 +147,11 @@ class TransformerCell(nnx.Module):
         check_choice("norm", norm, Norm)
         check_choice("norm_order", norm_order, NormOrder)
         check_choice("feed_forward", feed_forward, FeedForward)
-        check_range("dropout", dropout, 0, 1)
-        check_range("attention_dropout", attention_dropout, 0, 1)
+        check_range("dropout", dropout, at_least=0, at_most=1)
+        check_range("attention_dropout", attention_dropout, at_least=0, at_most=1)
         check_range("residual_scale", residual_scale)
-        check_range("kernel_std", 0 if kernel_std is None else kernel_std, 0)
-        check_range("injection_std", 0 if injection_std is None else injection_std, 0)
+        check_range("kernel_std", 0 if kernel_std is None else kernel_std, at_least=0)
+        check_range("injection_std", 0 if injection_std is None else injection_std, at_least=0)
         if features % heads:
             raise ValueError(f"features={features} must be a multiple of heads={heads}")
         width = features // heads

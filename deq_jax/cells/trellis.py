@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deq_jax.cells.attention import check_range, check_sequence, dropped
-from deq_jax.checks import check_positive_integer
+from deq_jax.cells.attention import check_sequence, dropped
+from deq_jax.checks import check_positive_integer, check_range
 from deq_jax.partitioning import logical_axes
 from deq_jax.stability.dropout import broadcast_axes
 
@@ -126,8 +126,8 @@ class TrellisCell(nnx.Module):
             check_positive_integer(name, value)
         if kernel_size < 2:
             raise ValueError(f"kernel_size must be at least 2, got {kernel_size}")
-        check_range("kernel_std", kernel_std, 0)
-        check_range("dropout", dropout, 0, 1)
+        check_range("kernel_std", kernel_std, at_least=0)
+        check_range("dropout", dropout, at_least=0, at_most=1)
         self.in_features, self.features, self.dilation = in_features, features, dilation
         self.reach = (kernel_size - 1) * dilation
 
