@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.experimental.sparse import BCSR
 
-from deq_jax import Picard, Status
+from deq_jax import Control, Picard, Status
 from deq_jax.cells.graph import EIGNNCell, Graph, GraphInput, IGNNCell, MonotoneGraphCell
 from deq_jax.monotone import MonotoneDEQ
 from deq_jax.nnx import DEQ
@@ -290,6 +290,28 @@ def test_eignn_with_a_matrix_of_zeros_has_gradients_of_zeros():
     z, _, (of_params, _) = solved(definition, params, x, jnp.ones((NODES, WIDTH)))
     np.testing.assert_array_equal(z, x.features)
     np.testing.assert_array_equal(of_params["cell"]["factor"]["kernel"][...], 0)
+
+
+@pytest.mark.usefixtures("x64")
+def test_scales_show_the_errors_that_a_huge_node_hides():
+    """The caveat of docs/graphs.md: node 0, without edges, is right after one evaluation."""
+    features = np.abs(np.random.default_rng(0).normal(size=(5, 4)))
+    features[0] *= 1e6
+    path = Graph.from_edges([[2, 3], [3, 4]], 5, self_loops=False, dtype=float)
+    x = GraphInput(path, jnp.asarray(features))
+    cell = IGNNCell(4, param_dtype=float, rngs=nnx.Rngs(0))
+    weight = np.asarray(cell.recurrent.kernel[...])
+    expected = np.zeros((5, 4))
+    for _ in range(1000):
+        expected = np.maximum(path.to_dense() @ expected @ weight + features, 0)
+    layer = DEQ(cell, solver=Picard(max_iter=1000))
+    sizes = jnp.abs(x.features).max(1, keepdims=True)
+    plain, stats = layer(x, return_stats=True)
+    assert stats.status == Status.CONVERGED
+    assert relative_error(plain[1:], expected[1:]) > 0.5
+    scaled, stats = layer(x, return_stats=True, control=Control(scales=sizes))
+    assert stats.status == Status.CONVERGED
+    assert relative_error(scaled[1:], expected[1:]) < 0.01
 
 
 # ------------------------------------------------------------------------------------ guarantees
