@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from deq_jax.cells.layers import GroupNorm, convolution
-from deq_jax.checks import check_choice, check_number
+from deq_jax.checks import check_choice, check_number, check_range
 from deq_jax.stability.dropout import broadcast_axes
 from deq_jax.stability.normalization import WeightNorm
 from deq_jax.stability.projections import (
@@ -144,7 +144,7 @@ class MultiscaleCell(nnx.Module):
         >>> from deq_jax.nnx import DEQ
         >>> cell = MultiscaleCell((8, 16), groups=4, rngs=nnx.Rngs(0))
         >>> x = jnp.ones((2, 12, 12, 8))
-        >>> fine, coarse = DEQ(cell)(x, cell.zeros(x))
+        >>> fine, coarse = DEQ(cell)(x)
         >>> coarse.shape
         (2, 6, 6, 16)
     """
@@ -174,8 +174,7 @@ class MultiscaleCell(nnx.Module):
             raise ValueError(f"kernel_size={sizes} must be one number, or {count} for {channels}")
         if not all(size % 2 for size in sizes):
             raise ValueError(f"kernel_size={kernel_size} must be odd, to keep height and width")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        check_range("dropout", dropout, at_least=0, below=1)
         half = max(1, groups // 2)
         for width in channels:
             if width % groups or width % half:
@@ -275,7 +274,7 @@ class MultiscaleCell(nnx.Module):
         if got != expected:
             raise ValueError(
                 f"the state must be a tuple of arrays {expected}, as cell.zeros(x) is; got {got}. "
-                "Pass it to the layer as z0"
+                "Leave z0 out to start from there"
             )
 
     # ------------------------------------------------------------------- the Lipschitz variant

@@ -74,10 +74,10 @@ class TransformerCell(nnx.Module):
     kept: the usual `f(z) = y + F(N(y))` has an equilibrium only where the two branches cancel, and
     a Jacobian near I. Dropped is its window of 1000 where none is asked for.
 
-    In a `deq_jax.nnx.DEQ` the start has to be given: `layer(x, cell.start(x))`. The input may have
-    memory, positions whose equilibrium is known. No position sees a later one, so segments solved
-    one after another, each with all before it as memory, have the equilibrium of the whole
-    sequence, and single tokens too. To decode, keep keys and values of what is finished:
+    A `deq_jax.nnx.DEQ` starts from `zeros(x)`, unless it is given z0. The input may have memory,
+    positions whose equilibrium is known. No position sees a later one, so segments solved one after
+    another, each with all before it as memory, have the equilibrium of the whole sequence, and
+    single tokens too. To decode, keep keys and values of what is finished:
 
         z = layer(SequenceInput(embedding, cache), z0)                       # [B, 1, D]; any z0
         cache = extend_memory(cache, cell.key_values(Memory(z, embedding)), size)
@@ -213,8 +213,8 @@ class TransformerCell(nnx.Module):
         self.output_dropout = drop(dropout, same)
         self.expand_dropout, self.contract_dropout = drop(dropout, same), drop(dropout, same)
 
-    def start(self, x: SequenceInput | jax.Array) -> jax.Array:
-        """Zeros `[B, L, D]`, the state to start from, in the dtype of the embedding."""
+    def zeros(self, x: SequenceInput | jax.Array) -> jax.Array:
+        """Zeros `[B, L, D]`, from which a layer starts without z0, in the embedding's dtype."""
         return jnp.zeros_like(as_sequence(x).embedding)
 
     def inject(self, x: SequenceInput | jax.Array) -> TransformerInjection:

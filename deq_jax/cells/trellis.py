@@ -79,8 +79,8 @@ class TrellisCell(nnx.Module):
 
     Steps before the segment are taken from `TrellisInput.history`, zeros by default. As no step
     sees a later one, segments solved one after another, each with the `history` of all before it,
-    have the equilibrium of the whole sequence. In a `deq_jax.nnx.DEQ` the injection is a pytree of
-    another kind than the state, so the start is given: `layer(x, cell.start(x))`.
+    have the equilibrium of the whole sequence. The injection is a pytree of another kind than the
+    state, so a `deq_jax.nnx.DEQ` starts from `zeros(x)`, unless it is given z0.
 
     What a step has learned reaches the next one with the next evaluation, as in any network that
     goes through time: where σ(f) is near 1, about L / s evaluations are needed, by any solver.
@@ -152,8 +152,8 @@ class TrellisCell(nnx.Module):
         axes = broadcast_axes("channel", 3)
         self.dropout = nnx.Dropout(dropout, broadcast_dims=axes, rngs=rngs) if dropout else None
 
-    def start(self, x: TrellisInput | jax.Array) -> TrellisState:
-        """Zeros, the state to start from, in the dtype of x."""
+    def zeros(self, x: TrellisInput | jax.Array) -> TrellisState:
+        """The zero state, from which a layer starts without z0, in the dtype of x."""
         x = _as_input(x).x
         zeros = jnp.zeros((*x.shape[:2], self.features), x.dtype)
         return TrellisState(zeros, zeros)

@@ -187,7 +187,7 @@ class EquilibriumSequenceModel(SequenceModel):
 
     def zeros(self, x: PyTree) -> PyTree:
         """The state that a solve starts from, where `x` is from `injection`."""
-        return cast(SequenceCell, self.core.cell).start(x)
+        return cast(SequenceCell, self.core.cell).zeros(x)
 
     def start(self, x: PyTree) -> PyTree:
         """Likewise; there is no learned start."""
