@@ -117,7 +117,7 @@ class Graph:
 
         Raises:
             ValueError: `edges` has another shape or no integers, names a node that is not there,
-                weights are not above zero, or `normalization` is unknown.
+                weights are not finite or not above zero, or `normalization` is unknown.
         """
         checks.check_positive_integer("num_nodes", num_nodes)
         edges = np.asarray(edges)
