@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, get_args, overload
 
 import jax
 import jax.core
@@ -105,17 +105,31 @@ def check_number(
     *,
     above: float = -math.inf,
     at_least: float = -math.inf,
+    below: float = math.inf,
     at_most: float = math.inf,
 ) -> None:
-    """Raises unless field `name` of `owner` is a finite real number in the interval.
+    """Raises unless field `name` of `owner` is in the interval; see `check_range`."""
+    label, value = _field(owner, name)
+    check_range(label, value, above=above, at_least=at_least, below=below, at_most=at_most)
+
+
+def check_range(
+    label: str,
+    value: Any,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+    at_most: float = math.inf,
+) -> None:
+    """Raises unless the argument called `label` is a finite real number in the interval.
 
     A traced number is taken as it is, because its value is not known yet.
 
     Raises:
-        TypeError: the field is neither a Python number nor a scalar of a real dtype.
-        ValueError: it is out of range; the message names the field, the value and the range.
+        TypeError: the value is neither a Python number nor a scalar of a real dtype.
+        ValueError: it is out of range; the message names the argument, the value and the range.
     """
-    label, value = _field(owner, name)
     if is_array(value) and np.shape(value) != ():
         raise TypeError(f"{label} must be a scalar, got an array of shape {np.shape(value)}")
     if isinstance(value, bool) or not is_array(value) or not _is_real(value):
@@ -123,10 +137,11 @@ def check_number(
     if isinstance(value, jax.core.Tracer):
         return
     number = float(value)
-    if not (math.isfinite(number) and number > above and at_least <= number <= at_most):
-        lower = f"> {above}" if above > -math.inf else f">= {at_least}"
-        upper = f" and <= {at_most}" if at_most < math.inf else ""
-        raise ValueError(f"{label} must be finite, {lower}{upper}, got {value!r}")
+    if not (math.isfinite(number) and above < number < below and at_least <= number <= at_most):
+        bounds = {">": above, ">=": at_least, "<": below, "<=": at_most}
+        words = [f"{sign} {bound}" for sign, bound in bounds.items() if math.isfinite(bound)]
+        interval = ", ".join(["finite", " and ".join(words)] if words else ["finite"])
+        raise ValueError(f"{label} must be {interval}, got {value!r}")
 
 
 def _is_real(value: Any) -> bool:
@@ -161,6 +176,12 @@ def check_bool(name: str, value: Any) -> None:
     """Raises a TypeError unless the argument `name` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
+def check_choice(name: str, value: Any, kind: Any) -> None:
+    """Raises a ValueError unless the argument `name` is one of the literals of `kind`."""
+    if value not in get_args(kind):
+        raise ValueError(f"{name} must be one of {get_args(kind)}, got {value!r}")
 
 
 def check_stopping(solver: object) -> None:

@@ -687,6 +687,32 @@ def has_injection(cell: Any, asked: bool | None) -> bool:
     return found if asked is None else asked
 
 
+def is_batched(cell: Any, asked: bool | None) -> bool:
+    """Whether a layer takes axis 0 as the batch, from its option `batched` and the cell's class.
+
+    Raises:
+        TypeError: the option is no bool.
+        ValueError: it is True, and the class of the cell says that it is False.
+    """
+    whole = getattr(type(cell), "batched", None) is False
+    if asked is None:
+        return not whole
+    checks.check_bool("batched", asked)
+    if asked and whole:
+        raise ValueError(
+            f"batched=True, but the whole input of {type(cell).__name__} is one equation; leave "
+            "batched out, or pass batched=False"
+        )
+    return asked
+
+
+def start_of(cell: Any, x: PyTree, z0: PyTree | None) -> PyTree | None:
+    """Where a layer starts: z0, or `cell.zeros(x)` if the class of the cell has that method."""
+    if z0 is None and callable(getattr(type(cell), "zeros", None)):
+        return cell.zeros(x)
+    return z0
+
+
 def _check_probe(probe: Any, z0: PyTree, batched: bool) -> None:
     if probe is None:
         return

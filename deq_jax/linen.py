@@ -11,7 +11,13 @@ from flax.core import Scope, apply, unfreeze
 from deq_jax import sharding, tree
 from deq_jax.control import Control
 from deq_jax.execution import Execution
-from deq_jax.fixed_point import deq_fixed_point, has_injection, returned
+from deq_jax.fixed_point import (
+    deq_fixed_point,
+    has_injection,
+    is_batched,
+    returned,
+    start_of,
+)
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
 from deq_jax.solve import Solver
@@ -25,8 +31,8 @@ PyTree = Any
 class DEQ(nn.Module):
     """A layer whose output is the equilibrium `z* = cell(z*, x)`.
 
-    The twin of `deq_jax.nnx.DEQ`: the same values, gradients and treatment of `inject`, dropout and
-    batch statistics. Variables are the cell's own, under `cell`.
+    The twin of `deq_jax.nnx.DEQ`: the same values, gradients and treatment of `inject`, `zeros`,
+    `batched`, dropout and batch statistics. Variables are the cell's own, under `cell`.
 
     The layer sows its `SolveStats` as `stats` into the collection `intermediates`.
 
@@ -41,7 +47,7 @@ class DEQ(nn.Module):
         cell: a module with `cell(z, x, **kwargs) -> z`.
         solver: as for `deq_fixed_point`.
         gradient: as for `deq_fixed_point`.
-        batched: as for `deq_fixed_point`.
+        batched: as for `deq_jax.nnx.DEQ`.
         has_aux: as for `deq_jax.nnx.DEQ`.
         pass_step: as for `deq_jax.nnx.DEQ`.
         control: as for `deq_jax.nnx.DEQ`.
@@ -56,7 +62,7 @@ class DEQ(nn.Module):
     cell: nn.Module
     solver: Solver = Anderson()
     gradient: GradientPolicy = Implicit()
-    batched: bool = True
+    batched: bool | None = None
     has_aux: bool = False
     pass_step: bool = False
     control: Control = Control()
@@ -155,7 +161,8 @@ class DEQ(nn.Module):
         check_normalization(self.normalization)
         if self.is_initializing():
             injection = self._inject(None, x)
-            start = jax.tree.map(jnp.zeros_like, injection) if z0 is None else z0
+            start = start_of(self.cell, x, z0)
+            start = jax.tree.map(jnp.zeros_like, injection) if start is None else start
             z = self.cell(start, injection, *self._first_step(start), **kwargs)
             z, *aux = z if self.has_aux else (z,)
             if self.normalization is not None:
@@ -170,10 +177,10 @@ class DEQ(nn.Module):
             f,
             state,
             injection,
-            z0,
+            start_of(self.cell, x, z0),
             solver=self.solver,
             gradient=self.gradient,
-            batched=self.batched,
+            batched=is_batched(self.cell, self.batched),
             return_stats=True,
             backward_probe=backward_probe,
             sample_at=sample_at,
@@ -196,7 +203,7 @@ class DEQ(nn.Module):
         write = _Write(f.cell, self.cell.scope.mutable or (), f.kwargs)
         named = sharding.as_axes(self.execution.shard_axis)
         z, injection, *_ = arguments
-        mesh, axes = sharding.find_mesh(named, injection, z, self.batched)
+        mesh, axes = sharding.find_mesh(named, injection, z, is_batched(self.cell, self.batched))
         if mesh is None:
             written = write(state, *arguments)
         else:
@@ -211,7 +218,8 @@ class DEQ(nn.Module):
         """The number that the cell gets in its first call, if it takes one."""
         if not self.pass_step:
             return ()
-        batch = jax.tree.leaves(z)[0].shape[:1] if self.batched else ()
+        batched = is_batched(self.cell, self.batched)
+        batch = jax.tree.leaves(z)[0].shape[:1] if batched else ()
         return (jnp.zeros(batch, jnp.int32),)
 
     def _init_normalization(self, normalization: Normalization) -> None:

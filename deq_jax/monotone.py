@@ -85,7 +85,8 @@ class MonotoneDEQ(DEQ):
         if missing:
             raise TypeError(
                 f"cell must be monotone and have the methods {', '.join(needed)}; "
-                f"{type(cell).__name__} lacks {', '.join(missing)}"
+                f"{type(cell).__name__} lacks {', '.join(missing)}. deq_jax.nnx.DEQ takes all "
+                "cells, and Picard() converges on a MonotoneGraphCell in it"
             )
         super().__init__(
             cell,

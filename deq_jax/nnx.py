@@ -10,7 +10,13 @@ from deq_jax import sharding
 from deq_jax.closure import Cell
 from deq_jax.control import Control
 from deq_jax.execution import Execution
-from deq_jax.fixed_point import deq_fixed_point, has_injection, returned
+from deq_jax.fixed_point import (
+    deq_fixed_point,
+    has_injection,
+    is_batched,
+    returned,
+    start_of,
+)
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
 from deq_jax.solve import Solver
@@ -32,7 +38,9 @@ class DEQ(nnx.Module):
     keep apart what depends on the input alone: if its class has a method `inject`, the layer
     computes `inject(x)` once, before the loop, and iterates `cell(z, inject(x))`; the state then
     starts as zeros shaped like the injection. `inject=False` says that a method of that name is
-    something else.
+    something else. A cell whose state has another shape has a method `zeros`: without z0 the layer
+    starts from `cell.zeros(x)`, x being the input of the layer. A cell whose whole input is one
+    equation, such as a graph, says so with a class attribute `batched = False`.
 
     State inside the cell: every evaluation of a solve, and the backward pass, sees the cell as it
     was when the layer was called, so a Dropout has one mask for the whole solve and a BatchNorm
@@ -55,7 +63,8 @@ class DEQ(nnx.Module):
         cell: a module with `cell(z, x) -> z`.
         solver: as for `deq_fixed_point`.
         gradient: as for `deq_fixed_point`.
-        batched: as for `deq_fixed_point`.
+        batched: as for `deq_fixed_point`; with None, True unless the class of the cell has the
+            attribute `batched = False`.
         has_aux: the cell returns a pair `(z, aux)`; see `deq_fixed_point`.
         pass_step: the cell is called as `cell(z, x, step)`; see `deq_fixed_point`.
         control: as for `deq_fixed_point`; a call may be given another one.
@@ -73,7 +82,7 @@ class DEQ(nnx.Module):
         *,
         solver: Solver = Anderson(),  # noqa: B008  (frozen)
         gradient: GradientPolicy = Implicit(),  # noqa: B008  (frozen)
-        batched: bool = True,
+        batched: bool | None = None,
         has_aux: bool = False,
         pass_step: bool = False,
         control: Control = Control(),  # noqa: B008  (frozen)
@@ -89,7 +98,7 @@ class DEQ(nnx.Module):
         self.cell = cell
         self.solver = solver
         self.gradient = gradient
-        self.batched = batched
+        self.batched = is_batched(cell, batched)
         self.has_aux = has_aux
         self.pass_step = pass_step
         self.control = control
@@ -190,6 +199,7 @@ class DEQ(nnx.Module):
     ) -> Any:
         """Solves for z*; arguments, returns and errors as `deq_fixed_point`.
 
+        Without z0 the solve starts from `cell.zeros(x)` if the class of the cell has this method.
         With `control`, in the place of the layer's own, a budget can change from call to call.
         """
         cell = self._effective_cell(advance=not self.deterministic)
@@ -198,7 +208,7 @@ class DEQ(nnx.Module):
             f,
             state,
             injection,
-            z0,
+            start_of(cell, x, z0),
             solver=self.solver,
             gradient=self.gradient,
             batched=self.batched,

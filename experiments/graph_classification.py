@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
+import tyro
 from flax import nnx
 
 from deq_jax import BackwardProbe, GradientPolicy, Implicit, Picard, Solver, SolveStats, diagnose
@@ -63,6 +64,9 @@ IMPLICIT = ("ignn", "eignn", "monotone")
 
 # ---------------------------------------------------------------------------------------- settings
 
+Switch = Annotated[bool, tyro.conf.FlagConversionOff]
+"""`--name True` or `--name False`. A flag `--no-name` shows the default of its opposite."""
+
 
 @dataclasses.dataclass(frozen=True)
 class GraphData(Settings):
@@ -75,7 +79,7 @@ class GraphData(Settings):
         split: number of one of ten splits. None: for cora and citeseer the split of Planetoid, for
             the others split 0.
         directed: let the edges of chains lead away from the first node only. The monotone model
-            needs --data.no-directed. The graphs that are read have edges without a direction.
+            needs --data.directed False. The graphs that are read have edges without a direction.
         length: nodes of a chain.
         chains: chains of each class. A fifth is trained on, and a fifth is for validation.
         classes: classes of chains.
@@ -86,7 +90,7 @@ class GraphData(Settings):
     name: str = "chains"
     dir: str | None = None
     split: int | None = None
-    directed: bool = False
+    directed: Switch = False
     length: Count = 10
     chains: Annotated[int, Range(3)] = 20
     classes: Annotated[int, Range(2)] = 2
@@ -112,7 +116,7 @@ class Network(Settings):
 
     features: Count = 32
     dropout: Rate = 0.0
-    normalize: bool = False
+    normalize: Switch = False
     kappa: Rate = 0.95
     gamma: Rate = 0.95
     monotonicity: Share = 0.1
@@ -178,7 +182,7 @@ class Config(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model == "monotone" and self.data.directed:
-            raise UsageError("--model monotone needs --data.no-directed, as its graph is symmetric")
+            raise UsageError("--model monotone needs --data.directed False: its graph is symmetric")
         if self.data.directed and self.data.name != "chains":
             raise UsageError(
                 f"--data.directed is for chains; the edges of {self.data.name} have no direction"

@@ -9,7 +9,7 @@ from flax import nnx
 
 import deq_jax.linen
 import deq_jax.nnx
-from deq_jax import Anderson, BackwardProbe, Picard
+from deq_jax import Anderson, BackwardProbe, Control, Picard
 from deq_jax.cells.feedforward import FeedForwardCell
 from deq_jax.cells.resnet import ResNetCell
 from tests.models.test_conv_deq import cell_formula, randomise, weights_of
@@ -41,6 +41,30 @@ class LinenDense(nn.Module):
     def __call__(self, z, x):
         recurrent = nn.Dense(3, use_bias=False, **F64, name="recurrent")
         return jnp.tanh(0.3 * recurrent(z) + nn.Dense(3, **F64, name="input")(x))
+
+
+class Wide(nnx.Module):
+    """Of a state twice as wide as the input, which is one equation as a whole."""
+
+    batched = False
+
+    def zeros(self, x):
+        return jnp.zeros((len(x), 2 * x.shape[1]), x.dtype)
+
+    def __call__(self, z, x):
+        return 0.25 * z + jnp.concatenate([x, -x], axis=1)
+
+
+class LinenWide(nn.Module):
+    batched = False
+
+    def zeros(self, x):
+        return jnp.zeros((len(x), 2 * x.shape[1]), x.dtype)
+
+    @nn.compact
+    def __call__(self, z, x):
+        scale = self.param("scale", nn.initializers.constant(0.25, jnp.float64), ())
+        return scale * z + jnp.concatenate([x, -x], axis=1)
 
 
 def dense(params, z, x):
@@ -218,3 +242,23 @@ def test_second_eager_call_does_not_trace(kind):
     second = layer(normal(4, 3, seed=1))
     assert traces["count"] == before > 0
     assert relative_error(first, second) > 0.1
+
+
+@pytest.mark.parametrize("framework", ["nnx", "linen"])
+def test_a_cell_says_where_to_start_and_whether_it_has_a_batch(framework):
+    x = normal(3, 2)
+    if framework == "nnx":
+        layer = deq_jax.nnx.DEQ(Wide(), solver=SOLVER)
+    else:
+        module = deq_jax.linen.DEQ(LinenWide(), solver=SOLVER)
+        variables = module.init(jax.random.key(0), x)
+
+        def layer(*arguments, **options):
+            return module.apply(variables, *arguments, **options)
+
+    z, stats = layer(x, return_stats=True)
+    np.testing.assert_allclose(z, np.c_[x, -x] / 0.75, rtol=1e-10)
+    assert stats.residual.shape == ()
+    start = normal(3, 4, seed=1)
+    given, _ = layer(x, start, return_stats=True, control=Control(budget=1, select="last"))
+    assert relative_error(given, 0.25 * start + np.c_[x, -x]) < 1e-12

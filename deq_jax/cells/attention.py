@@ -9,7 +9,7 @@ the segment behind them. Where keys are meant, K = M + L.
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -334,18 +334,3 @@ def check_sequence(name: str, a: jax.Array, width: int, length: int | None = Non
     if a.ndim != 3 or a.shape[2] != width or (length is not None and a.shape[1] != length):
         steps = "L" if length is None else length
         raise ValueError(f"{name} must be [B, {steps}, {width}], got {list(a.shape)}")
-
-
-def check_choice(name: str, value: Any, kind: Any) -> None:
-    """Raises a ValueError unless the argument `name` is one of the literals of `kind`."""
-    if value not in get_args(kind):
-        raise ValueError(f"{name} must be one of {get_args(kind)}, got {value!r}")
-
-
-def check_range(
-    name: str, value: float, at_least: float = -math.inf, at_most: float = math.inf
-) -> None:
-    """Raises a ValueError unless the argument `name` is a finite number in the interval."""
-    if not (math.isfinite(value) and at_least <= value <= at_most):
-        interval = "finite" if at_least == -math.inf else f"in [{at_least}, {at_most}]"
-        raise ValueError(f"{name} must be {interval}, got {value!r}")

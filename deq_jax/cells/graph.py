@@ -1,18 +1,19 @@
 """Implicit graph networks: a graph, and three cells whose equilibrium is that of the whole graph.
 
-The states of all nodes are one matrix Z `[N, features]` and one equation, so that a layer over
-these cells has `batched=False`:
+The states of all nodes are one matrix Z `[N, features]` and one equation. The cells say so with
+`batched = False`, which a layer over them takes over:
 
     graph = Graph.from_edges(edges, num_nodes)
     x = GraphInput(graph, features)  # [N, features]
-    layer = deq_jax.nnx.DEQ(IGNNCell(16, rngs=nnx.Rngs(0)), solver=Picard(), batched=False)
-    z = layer(x, layer.cell.start(x))
+    layer = deq_jax.nnx.DEQ(IGNNCell(16, rngs=nnx.Rngs(0)), solver=Picard())
+    z = layer(x)
 
 Information travels along one edge in each evaluation of a cell. An equilibrium has seen all nodes
 that a node is connected to, however far away they are.
 
-Each cell has an equilibrium and only one, and `Picard()` converges to it, whatever the parameters
-and the features are:
+Each cell has one equilibrium and only one, whatever the features are, and `Picard()` converges to
+it. For `IGNNCell` this holds after `project`, and for the others for all values of the parameters.
+`MonotoneGraphCell` needs a symmetric graph.
 
 | cell | equation | why there is one equilibrium |
 | --- | --- | --- |
@@ -23,9 +24,10 @@ and the features are:
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -38,23 +40,45 @@ from deq_jax.stability import projections
 from deq_jax.tree import accumulation_dtype
 
 PyTree = Any
+Normalization = Literal["symmetric", "mean"]
 
 
-@jax.tree_util.register_dataclass
+@checks.register_options(data=("matrix",))
 @dataclasses.dataclass(frozen=True)
 class Graph:
     """The normalised adjacency matrix Â of a graph, whose Perron-Frobenius eigenvalue is at most 1.
 
-    A graph is a pytree: an argument of jitted functions, not a constant in them.
+    A graph is a pytree: an argument of jitted functions, not a constant in them. Make one with
+    `from_edges`. A matrix of your own must have no negative entries and no eigenvalue above 1 in
+    magnitude, which are not checked. Its symmetry is checked, unless it is traced.
 
     Attributes:
-        matrix: Â `[N, N]`, without negative entries. Row i has the weights of the nodes that node i
-            receives from. `from_edges` makes one.
+        matrix: Â `[N, N]`. Row i has the weights of the nodes that node i receives from.
         symmetric: whether Â is symmetric, and so has eigenvalues in [-1, 1].
+
+    Raises:
+        TypeError: `matrix` is no BCSR, or `symmetric` no bool.
+        ValueError: `matrix` is not square, or not symmetric although `symmetric` is True.
     """
 
     matrix: BCSR
-    symmetric: bool = dataclasses.field(metadata={"static": True})
+    symmetric: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.matrix, BCSR):
+            raise TypeError(
+                "Graph.matrix must be a jax.experimental.sparse.BCSR, got "
+                f"{type(self.matrix).__name__}; Graph.from_edges makes a graph from its edges"
+            )
+        checks.check_flag(self, "symmetric")
+        shape = self.matrix.shape
+        if len(shape) != 2 or shape[0] != shape[1]:
+            raise ValueError(f"Graph.matrix must be [N, N], got {list(shape)}")
+        if self.symmetric and not _may_be_symmetric(self.matrix):
+            raise ValueError(
+                "Graph.matrix is not symmetric; pass symmetric=False, or make the graph with "
+                "Graph.from_edges(..., normalization='symmetric')"
+            )
 
     @classmethod
     def from_edges(
@@ -63,7 +87,7 @@ class Graph:
         num_nodes: int,
         *,
         weights: Any = None,
-        normalization: Literal["symmetric", "mean"] = "symmetric",
+        normalization: Normalization = "symmetric",
         self_loops: bool = True,
         dtype: Any = jnp.float32,
     ) -> "Graph":
@@ -75,8 +99,9 @@ class Graph:
             mean         D⁻¹ A          each edge goes one way: each node takes the mean of those
                                         that it receives from
 
-        Both have a vector u > 0 with `Â u <= u`: `u = D^½ 1` and `u = 1`. So their Perron-Frobenius
-        eigenvalue is at most 1. A node that receives from none has a row of zeros.
+        Both have a vector u > 0 with `Â u <= u`: `u = D^½ 1` (with 1 in the place of a zero) and
+        `u = 1`. So their Perron-Frobenius eigenvalue is at most 1. A node that receives from none
+        has a row of zeros.
 
             graph = Graph.from_edges([[0, 1], [1, 2]], 4)  # 0 - 1 - 2, and 3 by itself
 
@@ -92,10 +117,12 @@ class Graph:
 
         Raises:
             ValueError: `edges` has another shape or no integers, names a node that is not there,
-                weights are not above zero, or `normalization` is unknown.
+                weights are not finite or not above zero, or `normalization` is unknown.
         """
         checks.check_positive_integer("num_nodes", num_nodes)
         edges = np.asarray(edges)
+        if edges.size == 0:  # NumPy takes empty lists as floats
+            edges = edges.astype(np.int64)
         if edges.ndim != 2 or edges.shape[0] != 2 or edges.dtype.kind not in "iu":
             raise ValueError(
                 "edges must be integers [2, E], senders and receivers, got "
@@ -107,27 +134,40 @@ class Graph:
                 f"to {edges.max()}"
             )
         weights = np.ones(edges.shape[1]) if weights is None else np.asarray(weights, np.float64)
-        if weights.shape != edges.shape[1:] or not (weights > 0).all():
+        if weights.shape != edges.shape[1:]:
             raise ValueError(
-                f"weights must be numbers above zero [{edges.shape[1]}], one for each edge, got "
-                f"shape {list(weights.shape)}"
+                f"weights must have shape [{edges.shape[1]}], one for each edge, got "
+                f"{list(weights.shape)}"
             )
-        if normalization not in ("symmetric", "mean"):
-            raise ValueError(f"normalization must be 'symmetric' or 'mean', got {normalization!r}")
+        bad = np.flatnonzero(~((weights > 0) & np.isfinite(weights)))
+        if bad.size:
+            raise ValueError(
+                f"weights must be finite and above zero, got {weights[bad[0]]} for edge {bad[0]}"
+            )
+        checks.check_choice("normalization", normalization, Normalization)
         senders, receivers = edges.astype(np.int64)
         if self_loops:
             others = senders != receivers
             senders, receivers, weights = senders[others], receivers[others], weights[others]
+        # Of equal edges the first is kept, before the others are mirrored.
+        low, high = senders, receivers
         if normalization == "symmetric":
-            senders, receivers = np.r_[senders, receivers], np.r_[receivers, senders]
-            weights = np.r_[weights, weights]
+            low, high = np.minimum(senders, receivers), np.maximum(senders, receivers)
+        _, first = np.unique(high * num_nodes + low, return_index=True)
+        senders, receivers, weights = senders[first], receivers[first], weights[first]
+        if normalization == "symmetric":
+            mirrored = senders != receivers
+            senders, receivers = (
+                np.r_[senders, receivers[mirrored]],
+                np.r_[receivers, senders[mirrored]],
+            )
+            weights = np.r_[weights, weights[mirrored]]
         if self_loops:
             loops = np.arange(num_nodes)
             senders, receivers = np.r_[senders, loops], np.r_[receivers, loops]
             weights = np.r_[weights, np.ones(num_nodes)]
-        # Sorted by receiver, then by sender; of equal edges the first is kept.
-        _, first = np.unique(receivers * num_nodes + senders, return_index=True)
-        senders, receivers, weights = senders[first], receivers[first], weights[first]
+        order = np.lexsort((senders, receivers))  # by receiver, then by sender
+        senders, receivers, weights = senders[order], receivers[order], weights[order]
         degrees = np.bincount(receivers, weights, num_nodes)
         if normalization == "symmetric":
             weights = weights / np.sqrt(degrees[receivers] * degrees[senders])
@@ -159,19 +199,32 @@ class Graph:
                 f"the graph has {self.num_nodes} nodes, so z must have shape "
                 f"[{self.num_nodes}, features], got {list(z.shape)}"
             )
-        # BCSR is the fastest of five forms on a CPU, 0.31 and 1.1 ms for the 88,804 entries of
-        # Minesweeper at 16 and 64 features (Cora: 0.09 and 0.17). Sorted segment sums take 1.1 and
-        # 2.7 ms, BCOO 1.2 and 3.6, padded lists of neighbours 0.7 and 2.6 (Cora: 5 and 30), the
-        # dense matrix 43 and 80. The transposed product, 1.0 and 3.4 ms, is that of segment sums,
-        # and so are both products on accelerators. `linear_call` with a transposed matrix of its
-        # own would take 0.3 and 1.0, but has no rule for `vmap`, and so no Hessian. BCSR multiplies
-        # in float32 and wider, in which narrower states had better be summed anyway.
+        # BCSR is the fastest of five forms on a CPU; docs/graphs.md has their times. Its transposed
+        # product takes as long as one by segment sums. `linear_call` with a transposed matrix of
+        # its own would be faster, but has no rule for `vmap`, and so no Hessian. BCSR multiplies in
+        # float32 and wider, in which narrower states had better be summed anyway.
         wide = accumulation_dtype(z.dtype)
         return (_with_dtype(self.matrix, wide) @ z.astype(wide)).astype(z.dtype)
 
     def to_dense(self) -> jax.Array:
         """Â as an array `[N, N]`."""
         return self.matrix.todense()
+
+
+def _may_be_symmetric(matrix: BCSR) -> bool:
+    """Whether a matrix is symmetric up to rounding, or this process cannot see its entries."""
+    arrays = (matrix.data, matrix.indices, matrix.indptr)
+    if any(isinstance(a, jax.core.Tracer) or not a.is_fully_addressable for a in arrays):
+        return True
+    data, columns, pointers = map(np.asarray, arrays)
+    rows = np.repeat(np.arange(matrix.shape[0]), np.diff(pointers))
+    # Entries behind the last pointer are padding.
+    data, columns = data[: rows.size].astype(np.float64), columns[: rows.size].astype(np.int64)
+    places = np.r_[rows * matrix.shape[0] + columns, columns * matrix.shape[0] + rows]
+    _, place = np.unique(places, return_inverse=True)
+    difference = np.bincount(place, np.r_[data, -data])
+    rounding = 8 * float(jnp.finfo(matrix.dtype).eps) * np.abs(data).max(initial=0)
+    return bool(np.abs(difference).max(initial=0) <= rounding)
 
 
 def _with_dtype(matrix: BCSR, dtype: Any) -> BCSR:
@@ -218,15 +271,20 @@ class _GraphCell(nnx.Module):
 
     Attributes:
         features: width of the state.
+        batched: False, as the whole graph is one equation; see `deq_jax.nnx.DEQ`.
     """
 
+    batched: ClassVar[bool] = False
     features: int
 
-    def start(self, x: GraphInput) -> jax.Array:
-        """Zeros `[N, features]`, from which a solve starts."""
+    def zeros(self, x: GraphInput) -> jax.Array:
+        """The zero state `[N, features]`, from which a layer starts without z0."""
         return jnp.zeros_like(x.features)
 
     def _check(self, x: GraphInput) -> None:
+        if not isinstance(x, GraphInput):
+            raise TypeError(f"x must be a GraphInput(graph, features), got {type(x).__name__}")
+        check_graph(x.graph)
         expected = (x.graph.num_nodes, self.features)
         if x.features.shape != expected:
             raise ValueError(
@@ -257,7 +315,8 @@ class IGNNCell(_GraphCell):
         |(Â Z W)[i, c]| <= Σⱼ Â[i, j] Σₖ |Z[j, k]| |W[k, c]| <= ‖Z‖ κ Σⱼ Â[i, j] u[j] <= κ u[i] ‖Z‖.
 
     relu does not increase distances. So f contracts by κ in this norm, on every graph. It has one
-    equilibrium, and `Picard()` shrinks the error by κ in each evaluation.
+    equilibrium, and `Picard()` shrinks the error in this norm by κ in each evaluation. The residual
+    in `SolveStats` has the Euclidean norm, which is another one, so it may grow at first.
 
     Source: Gu, Chang, Zhu, Sojoudi and El Ghaoui, "Implicit graph neural networks", 2020.
 
@@ -281,7 +340,7 @@ class IGNNCell(_GraphCell):
     ):
         self.features, self.kappa = features, kappa
         checks.check_count(self, "features")
-        _check_share(self, "kappa")
+        checks.check_number(self, "kappa", above=0.0, below=1.0)
         normal = nnx.initializers.variance_scaling(0.01, "fan_in", "normal")
         self.recurrent = _matrix(features, normal, param_dtype, rngs)
         near_identity = jnp.eye(features, dtype=param_dtype) + self.recurrent.kernel[...]
@@ -343,7 +402,7 @@ class EIGNNCell(_GraphCell):
     ):
         self.features, self.gamma, self.epsilon = features, gamma, epsilon
         checks.check_count(self, "features")
-        _check_share(self, "gamma")
+        checks.check_number(self, "gamma", above=0.0, below=1.0)
         checks.check_number(self, "epsilon", above=0.0)
         normal = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
         self.factor = _matrix(features, normal, param_dtype, rngs)
@@ -522,12 +581,10 @@ def _matrix(
     )
 
 
-def _check_share(owner: object, name: str) -> None:
-    checks.check_number(owner, name, above=0.0)
-    if getattr(owner, name) >= 1:
-        raise ValueError(
-            f"{type(owner).__name__}.{name} must be below 1, got {getattr(owner, name)!r}"
-        )
+def check_graph(graph: Any) -> None:
+    """Raises a TypeError unless the argument `graph` is a `Graph`."""
+    if not isinstance(graph, Graph):
+        raise TypeError(f"graph must be a Graph, see Graph.from_edges, got {type(graph).__name__}")
 
 
 def _check_symmetric(graph: Graph, who: str) -> None:

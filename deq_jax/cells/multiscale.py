@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deq_jax.cells.attention import check_choice
 from deq_jax.cells.layers import GroupNorm, check_sizes, convolution
-from deq_jax.checks import check_number, is_array
+from deq_jax.checks import check_choice, check_number, check_range, is_array
 from deq_jax.stability.dropout import broadcast_axes
 from deq_jax.stability.normalization import WeightNorm
 from deq_jax.stability.projections import (
@@ -146,7 +145,7 @@ class MultiscaleCell(nnx.Module):
         >>> from deq_jax.nnx import DEQ
         >>> cell = MultiscaleCell((8, 16), groups=4, rngs=nnx.Rngs(0))
         >>> x = jnp.ones((2, 12, 12, 8))
-        >>> fine, coarse = DEQ(cell)(x, cell.zeros(x))
+        >>> fine, coarse = DEQ(cell)(x)
         >>> coarse.shape
         (2, 6, 6, 16)
     """
@@ -179,8 +178,7 @@ class MultiscaleCell(nnx.Module):
             raise ValueError(f"kernel_size={sizes} must be one number, or {count} for {channels}")
         if not all(size % 2 for size in sizes):
             raise ValueError(f"kernel_size={kernel_size} must be odd, to keep height and width")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        check_range("dropout", dropout, at_least=0, below=1)
         half = max(1, groups // 2)
         for width in channels:
             if width % groups or width % half:
@@ -283,7 +281,7 @@ class MultiscaleCell(nnx.Module):
             got += f" of shapes {[np.shape(leaf) for leaf in z]}"
         raise ValueError(
             f"the state must be a tuple of arrays of shapes {expected}, as cell.zeros(x) is; got "
-            f"{got}. Call the layer as layer(x, cell.zeros(x))"
+            f"{got}. Leave z0 out to start from there"
         )
 
     # ------------------------------------------------------------------- the Lipschitz variant

@@ -16,8 +16,6 @@ from deq_jax.cells.attention import (
     attend,
     attention_mask,
     block_positions,
-    check_choice,
-    check_range,
     check_sequence,
     dropped,
     normalise,
@@ -28,7 +26,7 @@ from deq_jax.cells.attention import (
     sinusoids,
     whole_sequence,
 )
-from deq_jax.checks import check_positive_integer
+from deq_jax.checks import check_choice, check_positive_integer, check_range
 from deq_jax.partitioning import logical_axes
 from deq_jax.stability.dropout import broadcast_axes
 
@@ -76,10 +74,10 @@ class TransformerCell(nnx.Module):
     kept: the usual `f(z) = y + F(N(y))` has an equilibrium only where the two branches cancel, and
     a Jacobian near I. Dropped is its window of 1000 where none is asked for.
 
-    In a `deq_jax.nnx.DEQ` the start has to be given: `layer(x, cell.start(x))`. The input may have
-    memory, positions whose equilibrium is known. No position sees a later one, so segments solved
-    one after another, each with all before it as memory, have the equilibrium of the whole
-    sequence, and single tokens too. To decode, keep keys and values of what is finished:
+    A `deq_jax.nnx.DEQ` starts from `zeros(x)`, unless it is given z0. The input may have memory,
+    positions whose equilibrium is known. No position sees a later one, so segments solved one after
+    another, each with all before it as memory, have the equilibrium of the whole sequence, and
+    single tokens too. To decode, keep keys and values of what is finished:
 
         z = layer(SequenceInput(embedding, cache), z0)                       # [B, 1, D]; any z0
         cache = extend_memory(cache, cell.key_values(Memory(z, embedding)), size)
@@ -149,11 +147,11 @@ class TransformerCell(nnx.Module):
         check_choice("norm", norm, Norm)
         check_choice("norm_order", norm_order, NormOrder)
         check_choice("feed_forward", feed_forward, FeedForward)
-        check_range("dropout", dropout, 0, 1)
-        check_range("attention_dropout", attention_dropout, 0, 1)
+        check_range("dropout", dropout, at_least=0, at_most=1)
+        check_range("attention_dropout", attention_dropout, at_least=0, at_most=1)
         check_range("residual_scale", residual_scale)
-        check_range("kernel_std", 0 if kernel_std is None else kernel_std, 0)
-        check_range("injection_std", 0 if injection_std is None else injection_std, 0)
+        check_range("kernel_std", 0 if kernel_std is None else kernel_std, at_least=0)
+        check_range("injection_std", 0 if injection_std is None else injection_std, at_least=0)
         if features % heads:
             raise ValueError(f"features={features} must be a multiple of heads={heads}")
         width = features // heads
@@ -215,9 +213,11 @@ class TransformerCell(nnx.Module):
         self.output_dropout = drop(dropout, same)
         self.expand_dropout, self.contract_dropout = drop(dropout, same), drop(dropout, same)
 
-    def start(self, x: SequenceInput | jax.Array) -> jax.Array:
-        """Zeros `[B, L, D]`, the state to start from, in the dtype of the embedding."""
+    def zeros(self, x: SequenceInput | jax.Array) -> jax.Array:
+        """Zeros `[B, L, D]`, from which a layer starts without z0, in the embedding's dtype."""
         return jnp.zeros_like(as_sequence(x).embedding)
+
+    start = zeros  # its name in version 0.1
 
     def inject(self, x: SequenceInput | jax.Array) -> TransformerInjection:
         """What of the cell depends on the input alone.

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deq_jax.cells.attention import check_range, check_sequence, dropped
-from deq_jax.checks import check_positive_integer
+from deq_jax.cells.attention import check_sequence, dropped
+from deq_jax.checks import check_positive_integer, check_range
 from deq_jax.partitioning import logical_axes
 from deq_jax.stability.dropout import broadcast_axes
 
@@ -79,8 +79,8 @@ class TrellisCell(nnx.Module):
 
     Steps before the segment are taken from `TrellisInput.history`, zeros by default. As no step
     sees a later one, segments solved one after another, each with the `history` of all before it,
-    have the equilibrium of the whole sequence. In a `deq_jax.nnx.DEQ` the injection is a pytree of
-    another kind than the state, so the start is given: `layer(x, cell.start(x))`.
+    have the equilibrium of the whole sequence. The injection is a pytree of another kind than the
+    state, so a `deq_jax.nnx.DEQ` starts from `zeros(x)`, unless it is given z0.
 
     What a step has learned reaches the next one with the next evaluation, as in any network that
     goes through time: where σ(f) is near 1, about L / s evaluations are needed, by any solver.
@@ -126,8 +126,8 @@ class TrellisCell(nnx.Module):
             check_positive_integer(name, value)
         if kernel_size < 2:
             raise ValueError(f"kernel_size must be at least 2, got {kernel_size}")
-        check_range("kernel_std", kernel_std, 0)
-        check_range("dropout", dropout, 0, 1)
+        check_range("kernel_std", kernel_std, at_least=0)
+        check_range("dropout", dropout, at_least=0, at_most=1)
         self.in_features, self.features, self.dilation = in_features, features, dilation
         self.reach = (kernel_size - 1) * dilation
 
@@ -152,11 +152,13 @@ class TrellisCell(nnx.Module):
         axes = broadcast_axes("channel", 3)
         self.dropout = nnx.Dropout(dropout, broadcast_dims=axes, rngs=rngs) if dropout else None
 
-    def start(self, x: TrellisInput | jax.Array) -> TrellisState:
-        """Zeros, the state to start from, in the dtype of x."""
+    def zeros(self, x: TrellisInput | jax.Array) -> TrellisState:
+        """The zero state, from which a layer starts without z0, in the dtype of x."""
         x = _as_input(x).x
         zeros = jnp.zeros((*x.shape[:2], self.features), x.dtype)
         return TrellisState(zeros, zeros)
+
+    start = zeros  # its name in version 0.1
 
     def history(self, x: TrellisInput | jax.Array, state: TrellisState) -> TrellisHistory:
         """What the segment that follows x is given, once the state of x is solved for.

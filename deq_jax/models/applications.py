@@ -13,8 +13,8 @@ PyTree = Any
 class SequenceCell(Protocol):
     """What the networks of this folder ask of a cell, an NNX module."""
 
-    def start(self, x: Any, /) -> PyTree:
-        """The state to start from."""
+    def zeros(self, x: Any, /) -> PyTree:
+        """The zero state, to start from."""
         ...
 
     def inject(self, x: Any, /) -> PyTree:
@@ -34,7 +34,7 @@ def apply_in_turn(
     *,
     remat: bool,
 ) -> tuple[PyTree, tuple[PyTree, ...]]:
-    """Applies a cell once for each of `memories`, from the cell's start.
+    """Applies a cell once for each of `memories`, from the cell's zero state.
 
     Args:
         cells: one for all applications, or one for each, all of one make.
@@ -47,7 +47,7 @@ def apply_in_turn(
         The last state, and what was kept of each application.
     """
     x, tied = segment(memories[0]), len(cells) == 1
-    state = cells[0].start(x)
+    state = cells[0].zeros(x)
     # Without memory each application of one cell is given the same.
     shared = cells[0].inject(x) if tied and memories[0] is None else None
     if remat:

@@ -15,11 +15,19 @@ from typing import Any, Literal, cast, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.experimental.sparse import BCSR
 
-from deq_jax.cells.graph import EIGNNCell, Graph, GraphInput, IGNNCell, MonotoneGraphCell
-from deq_jax.checks import check_count, check_number
+from deq_jax.cells.graph import (
+    EIGNNCell,
+    Graph,
+    GraphInput,
+    IGNNCell,
+    MonotoneGraphCell,
+    check_graph,
+)
+from deq_jax.checks import check_count, check_number, check_range
 from deq_jax.execution import Execution
 from deq_jax.gradients.implicit import Implicit
 from deq_jax.gradients.policy import GradientPolicy
@@ -40,7 +48,7 @@ class _GraphNet(nnx.Module):
     Args:
         in_features: width of the features.
         num_classes: number of logits.
-        dropout: rate of dropout in front of each linear layer.
+        dropout: rate of dropout in front of each linear layer, in [0, 1).
         param_dtype: dtype of the parameters.
         rngs: stream `params`, and `dropout` where there is dropout.
 
@@ -58,10 +66,9 @@ class _GraphNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.in_features, self.num_classes = in_features, num_classes
-        self.rate = dropout
         for name in ("in_features", "num_classes"):
             check_count(self, name)
-        check_number(self, "rate", at_least=0.0, at_most=1.0)
+        check_range("dropout", dropout, at_least=0.0, below=1.0)
         self.param_dtype = param_dtype
         # Without dropout there is no random stream, and no state besides the parameters.
         self.dropout = nnx.Dropout(dropout, rngs=rngs) if dropout else None
@@ -94,6 +101,12 @@ class _GraphNet(nnx.Module):
         return BCSR(arrays, shape=features.shape) @ linear.kernel[...] + bias[...]
 
     def _check(self, graph: Graph, features: Features) -> None:
+        check_graph(graph)
+        if not isinstance(features, jax.Array | np.ndarray | BCSR):
+            raise TypeError(
+                "features must be an array or a jax.experimental.sparse.BCSR, got "
+                f"{type(features).__qualname__}; BCSR.from_scipy_sparse makes one of a SciPy matrix"
+            )
         expected = (graph.num_nodes, self.in_features)
         if tuple(features.shape) != expected:
             raise ValueError(
@@ -161,7 +174,7 @@ class ImplicitGraphNet(_GraphNet):
 
     def zeros(self, x: GraphInput) -> jax.Array:
         """The state that a solve starts from."""
-        return cast(GraphCell, self.core.cell).start(x)
+        return cast(GraphCell, self.core.cell).zeros(x)
 
     def start(self, x: GraphInput) -> jax.Array:
         """Likewise; there is no learned start."""
@@ -221,10 +234,11 @@ class ImplicitGraphNet(_GraphNet):
             backward_probe: as for `deq_fixed_point`; `BackwardProbe.zeros()`.
 
         Raises:
+            TypeError: an argument is of another type.
             ValueError: the features do not fit the graph or the network, or the graph the cell.
         """
         x = self.injection(graph, features)
-        z, stats = self.core(x, self.zeros(x), return_stats=True, backward_probe=backward_probe)
+        z, stats = self.core(x, return_stats=True, backward_probe=backward_probe)
         logits = self.classify(z.astype(x.features.dtype))
         return (logits, stats) if return_stats else logits
 

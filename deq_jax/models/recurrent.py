@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deq_jax.cells.attention import check_choice, check_range
-from deq_jax.checks import check_positive_integer
+from deq_jax.checks import check_choice, check_positive_integer, check_range
 from deq_jax.partitioning import logical_axes
 
 Kind = Literal["lstm", "gru"]
@@ -50,7 +49,7 @@ class RecurrentNet(nnx.Module):
         check_positive_integer("features", features)
         check_positive_integer("hidden_features", hidden_features)
         check_choice("kind", kind, Kind)
-        check_range("dropout", dropout, 0, 1)
+        check_range("dropout", dropout, at_least=0, at_most=1)
         if tied and features != hidden_features:
             raise ValueError(
                 f"a tied head needs hidden_features={hidden_features} to be features={features}"

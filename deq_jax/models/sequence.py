@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deq_jax.cells.attention import check_range, dropped
-from deq_jax.checks import check_positive_integer
+from deq_jax.cells.attention import dropped
+from deq_jax.checks import check_positive_integer, check_range
 from deq_jax.models.applications import SequenceCell, apply_in_turn
 from deq_jax.models.segments import Reading, Segment, as_segment
 from deq_jax.nnx import DEQ
@@ -64,10 +64,10 @@ class SequenceModel(nnx.Module):
         check_positive_integer("vocabulary_size", vocabulary_size)
         check_positive_integer("features", features)
         check_positive_integer("output_features", output_features)
-        check_range("memory_size", memory_size, 0)
+        check_range("memory_size", memory_size, at_least=0)
         if memory_size:
             check_positive_integer("memory_size", memory_size)
-        check_range("dropout", dropout, 0, 1)
+        check_range("dropout", dropout, at_least=0, at_most=1)
         if tied and output_features != features:
             raise ValueError(
                 f"a tied head needs output_features={output_features} to be features={features}"
@@ -187,7 +187,7 @@ class EquilibriumSequenceModel(SequenceModel):
 
     def zeros(self, x: PyTree) -> PyTree:
         """The state that a solve starts from, where `x` is from `injection`."""
-        return cast(SequenceCell, self.core.cell).start(x)
+        return cast(SequenceCell, self.core.cell).zeros(x)
 
     def start(self, x: PyTree) -> PyTree:
         """Likewise; there is no learned start."""

@@ -135,7 +135,7 @@ def _graph(cell: Any, x: jax.Array, key: jax.Array, *, rate: str) -> Outcome:
     nnx.update(cell, cell.project(nnx.state(cell, nnx.Param)))
     given = GraphInput(graph, x)
     injection = cell.inject(given)
-    solution = _solve(cell, injection, cell.start(given), batched=False)
+    solution = _solve(cell, injection, cell.zeros(given), batched=False)
 
     def f(z: jax.Array) -> jax.Array:
         return cell(z, injection)

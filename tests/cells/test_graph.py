@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.sparse import BCSR
 
-from deq_jax import Picard, Status
+from deq_jax import Control, Picard, Status
 from deq_jax.cells.graph import EIGNNCell, Graph, GraphInput, IGNNCell, MonotoneGraphCell
+from deq_jax.monotone import MonotoneDEQ
 from deq_jax.nnx import DEQ
 from deq_jax.stability import spectral_radius
 from tests.reference import relative_error
@@ -62,6 +64,46 @@ def test_edges_that_stand_there_twice_count_once():
     twice = np.concatenate([EDGES, EDGES[::-1], EDGES, [[2], [2]]], axis=1)
     found = Graph.from_edges(twice, NODES, dtype=float)
     np.testing.assert_array_equal(found.to_dense(), graph().to_dense())
+    # With the weight that comes first, also where the second one goes the other way.
+    edges, weights = [[0, 1, 1, 2], [1, 0, 2, 1]], [2.0, 5.0, 3.0, 1.0]
+    a = np.array([[0.0, 2, 0], [2, 0, 3], [0, 3, 0]])
+    scale = 1 / np.sqrt(a.sum(1))
+    found = Graph.from_edges(edges, 3, weights=weights, self_loops=False, dtype=float)
+    np.testing.assert_allclose(found.to_dense(), scale[:, None] * a * scale, atol=1e-15)
+    cell = EIGNNCell(2, param_dtype=float, rngs=nnx.Rngs(0))
+    x = GraphInput(found, jnp.asarray([[1.0, 2.0], [0.0, -1.0], [3.0, 0.5]]))
+    z = DEQ(cell, solver=Picard(tol=1e-14, max_iter=500))(x)
+    assert relative_error(z, cell.closed_form(x, *np.linalg.eigh(found.to_dense()))) < 1e-10
+    # With `mean` these are edges of their own.
+    directed = Graph.from_edges(edges, 3, weights=weights, self_loops=False, normalization="mean")
+    np.testing.assert_allclose(directed.to_dense(), [[0, 1, 0], [2 / 3, 0, 1 / 3], [0, 1, 0]], 1e-6)
+
+
+@pytest.mark.parametrize("normalization", KINDS)
+def test_a_graph_may_have_no_edges(normalization):
+    loops = Graph.from_edges([[], []], 3, normalization=normalization)
+    np.testing.assert_array_equal(loops.to_dense(), np.eye(3))
+    none = Graph.from_edges([[], []], 3, normalization=normalization, self_loops=False)
+    np.testing.assert_array_equal(none.propagate(jnp.ones((3, 2))), 0)
+
+
+def test_a_matrix_made_by_hand_is_checked():
+    matrix = graph("mean").matrix
+    assert not Graph(matrix, symmetric=False).symmetric
+    with pytest.raises(ValueError, match=r"not symmetric; pass symmetric=False"):
+        Graph(matrix, symmetric=True)
+    dense = jnp.asarray(adjacency("symmetric"), jnp.float32)
+    padded = BCSR.fromdense(dense, nse=30)
+    np.testing.assert_array_equal(Graph(padded, symmetric=True).to_dense(), dense)
+    with pytest.raises(TypeError, match=r"BCSR, got .*; Graph.from_edges makes"):
+        Graph(dense, symmetric=True)
+    with pytest.raises(ValueError, match=r"must be \[N, N\], got \[6, 7\]"):
+        Graph(BCSR.fromdense(dense[:6]), symmetric=False)
+    # A traced matrix and the leaves of other pytrees are taken as they are.
+    whole = graph()
+    assert jax.tree.map(lambda _: None, whole).symmetric
+    traced = jax.jit(lambda m: Graph(m, symmetric=True).to_dense())(whole.matrix)
+    np.testing.assert_array_equal(traced, whole.to_dense())
 
 
 @pytest.mark.usefixtures("x64")
@@ -93,9 +135,10 @@ def test_weights_take_the_dtype_of_the_state():
         ([[0.0], [1.0]], {}, r"got float64\[2, 1\]"),
         ([[0], [7]], {}, "nodes from 0 to 6, got numbers from 0 to 7"),
         ([[0], [-1]], {}, "got numbers from -1 to 0"),
-        ([[0], [1]], {"weights": [0.0]}, "weights must be numbers above zero"),
-        ([[0], [1]], {"weights": [1.0, 2.0]}, r"one for each edge, got shape \[2\]"),
-        ([[0], [1]], {"normalization": "rows"}, "must be 'symmetric' or 'mean', got 'rows'"),
+        ([[0], [1]], {"weights": [0.0]}, "above zero, got 0.0 for edge 0"),
+        ([[0, 1], [1, 2]], {"weights": [1, np.nan]}, "above zero, got nan for edge 1"),
+        ([[0], [1]], {"weights": [1.0, 2.0]}, r"one for each edge, got \[2\]"),
+        ([[0], [1]], {"normalization": "rows"}, r"normalization must be one of .* got 'rows'"),
     ],
 )
 def test_bad_edges_are_named(edges, options, message):
@@ -107,7 +150,7 @@ def test_bad_states_and_options_are_named():
     with pytest.raises(ValueError, match=r"has 7 nodes, so z .* got \[6, 2\]"):
         Graph.from_edges(EDGES, NODES).propagate(jnp.ones((6, 2)))
     rngs = nnx.Rngs(0)
-    with pytest.raises(ValueError, match=r"IGNNCell\.kappa must be below 1"):
+    with pytest.raises(ValueError, match=r"IGNNCell\.kappa must be finite, > 0.0 and < 1.0"):
         IGNNCell(3, kappa=1.0, rngs=rngs)
     with pytest.raises(ValueError, match=r"EIGNNCell\.gamma must be finite, > 0"):
         EIGNNCell(3, gamma=0.0, rngs=rngs)
@@ -118,6 +161,21 @@ def test_bad_states_and_options_are_named():
         MonotoneGraphCell(3, rngs=rngs).inject(x)
     with pytest.raises(ValueError, match=r"shape \[7, 2\] .* got \[7, 3\]"):
         IGNNCell(2, rngs=rngs).inject(x)
+    with pytest.raises(TypeError, match=r"graph must be a Graph, see Graph\.from_edges"):
+        IGNNCell(3, rngs=rngs).inject(GraphInput(x.features, x.graph))
+    with pytest.raises(TypeError, match=r"x must be a GraphInput\(graph, features\)"):
+        DEQ(IGNNCell(3, rngs=rngs))(x.features)
+    with pytest.raises(TypeError, match=r"MonotoneGraphCell in it"):
+        MonotoneDEQ(MonotoneGraphCell(3, rngs=rngs))
+
+
+def test_a_graph_is_one_equation_without_being_told():
+    cell = IGNNCell(3, rngs=nnx.Rngs(0))
+    x = GraphInput(Graph.from_edges(EDGES, NODES), jnp.ones((NODES, 3)))
+    _, stats = DEQ(cell)(x, return_stats=True)
+    assert stats.residual.shape == ()
+    with pytest.raises(ValueError, match=r"whole input of IGNNCell .* pass batched=False"):
+        DEQ(cell, batched=True)
 
 
 # ------------------------------------------------------------------------ values and gradients
@@ -130,7 +188,7 @@ def layer_and_input(name, normalization="symmetric", scale=1.0):
     params = nnx.state(cell, nnx.Param)
     params = jax.tree.map(lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape)), params)
     nnx.update(cell, cell.project(params))
-    layer = DEQ(cell, solver=Picard(tol=1e-14, max_iter=5000), batched=False)
+    layer = DEQ(cell, solver=Picard(tol=1e-14, max_iter=5000))
     return layer, GraphInput(graph(normalization), jnp.asarray(rng.normal(size=(NODES, WIDTH))))
 
 
@@ -141,7 +199,7 @@ def solved(definition, params, x, cotangent):
     def product(params, features):
         layer = nnx.merge(definition, params)
         inputs = x._replace(features=features)
-        z, stats = layer(inputs, layer.cell.start(inputs), return_stats=True)
+        z, stats = layer(inputs, return_stats=True)
         return (z * cotangent).sum(), (z, stats)
 
     value = jax.value_and_grad(product, argnums=(0, 1), has_aux=True)
@@ -217,7 +275,7 @@ def test_values_and_gradients_are_those_of_a_dense_solve(name, normalization):
 @pytest.mark.usefixtures("x64")
 def test_eignn_has_the_closed_form():
     layer, x = layer_and_input("eignn")
-    z = layer(x, layer.cell.start(x))
+    z = layer(x)
     eigen = np.linalg.eigh(np.asarray(x.graph.to_dense()))
     assert relative_error(z, layer.cell.closed_form(x, *eigen)) < 1e-10
     directed = GraphInput(graph("mean"), x.features)
@@ -232,6 +290,28 @@ def test_eignn_with_a_matrix_of_zeros_has_gradients_of_zeros():
     z, _, (of_params, _) = solved(definition, params, x, jnp.ones((NODES, WIDTH)))
     np.testing.assert_array_equal(z, x.features)
     np.testing.assert_array_equal(of_params["cell"]["factor"]["kernel"][...], 0)
+
+
+@pytest.mark.usefixtures("x64")
+def test_scales_show_the_errors_that_a_huge_node_hides():
+    """The caveat of docs/graphs.md: node 0, without edges, is right after one evaluation."""
+    features = np.abs(np.random.default_rng(0).normal(size=(5, 4)))
+    features[0] *= 1e6
+    path = Graph.from_edges([[2, 3], [3, 4]], 5, self_loops=False, dtype=float)
+    x = GraphInput(path, jnp.asarray(features))
+    cell = IGNNCell(4, param_dtype=float, rngs=nnx.Rngs(0))
+    weight = np.asarray(cell.recurrent.kernel[...])
+    expected = np.zeros((5, 4))
+    for _ in range(1000):
+        expected = np.maximum(path.to_dense() @ expected @ weight + features, 0)
+    layer = DEQ(cell, solver=Picard(max_iter=1000))
+    sizes = jnp.abs(x.features).max(1, keepdims=True)
+    plain, stats = layer(x, return_stats=True)
+    assert stats.status == Status.CONVERGED
+    assert relative_error(plain[1:], expected[1:]) > 0.5
+    scaled, stats = layer(x, return_stats=True, control=Control(scales=sizes))
+    assert stats.status == Status.CONVERGED
+    assert relative_error(scaled[1:], expected[1:]) < 0.01
 
 
 # ------------------------------------------------------------------------------------ guarantees
@@ -255,7 +335,7 @@ def drawn_params(cell, largest, seed=0):
 def test_picard_converges_for_random_weights_on_directed_graphs(name):
     """On symmetric ones see tests/stability/test_guarantees.py."""
     cell = CELLS[name](WIDTH, rngs=nnx.Rngs(0))
-    layer = DEQ(cell, solver=Picard(tol=1e-5, max_iter=2000), batched=False)
+    layer = DEQ(cell, solver=Picard(tol=1e-5, max_iter=2000))
     definition = nnx.split(layer)[0]
     nodes = Graph.from_edges(EDGES, NODES, normalization="mean")
 
@@ -264,7 +344,7 @@ def test_picard_converges_for_random_weights_on_directed_graphs(name):
     def status(params, features):
         x = GraphInput(nodes, features)
         layer = nnx.merge(definition, {"cell": params})
-        return layer(x, cell.start(x), return_stats=True)[1].status
+        return layer(x, return_stats=True)[1].status
 
     params, features = drawn_params(cell, 1000.0)
     projected = jax.jit(jax.vmap(cell.project))(params)
@@ -316,11 +396,11 @@ def test_the_monotone_cell_contracts_at_the_rate_that_it_says():
 
 def test_the_library_measures_the_bound():
     cell = IGNNCell(WIDTH, rngs=nnx.Rngs(1))
-    layer = DEQ(cell, solver=Picard(tol=1e-5, max_iter=1000), batched=False)
+    layer = DEQ(cell, solver=Picard(tol=1e-5, max_iter=1000))
     features = np.random.default_rng(0).normal(size=(NODES, WIDTH))
     x = GraphInput(Graph.from_edges(EDGES, NODES), jnp.asarray(features, jnp.float32))
     f, params, injection = layer.equation(x)
-    z = layer(x, cell.start(x))
+    z = layer(x)
     found = spectral_radius(f, params, z, injection, jax.random.key(0), batched=False)
     assert found.converged
     assert 0 < float(found.radius) <= cell.kappa + 1e-5

@@ -173,7 +173,12 @@ def test_trouble_is_reported(tmp_path, capsys):
         build_model(bad, dataset)
     refused = run(graph_classification, "--model=monotone", f"--run.dir={tmp_path}")
     assert refused.code == 2
-    assert "--model monotone needs --data.no-directed" in refused.errors
+    assert "--model monotone needs --data.directed False" in refused.errors
+    # Words that read right in the help, in which a flag shows the default of its opposite.
+    words = ["--model=monotone", "--data.directed", "False", "--network.normalize", "False"]
+    config = graph_classification.parse_arguments(words)
+    assert not config.data.directed
+    assert not config.network.normalize
 
 
 def test_depth_matters_on_chains():

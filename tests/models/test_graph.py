@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.sparse
 from flax import nnx
 from jax.experimental.sparse import BCSR
 
@@ -187,8 +188,13 @@ def test_bad_input_is_named(data):
         control(APPNP, alpha=0.0)
     with pytest.raises(ValueError, match=r"GCN\.depth must be at least 1"):
         control(GCN, depth=0)
-    with pytest.raises(ValueError, match="rate must be finite"):
-        control(SGC, dropout=2.0)
+    for rate in (1.0, 1.5):
+        with pytest.raises(ValueError, match=r"dropout must be finite, >= 0.0 and < 1.0"):
+            control(SGC, dropout=rate)
+    with pytest.raises(TypeError, match=r"graph must be a Graph, see Graph\.from_edges"):
+        implicit("ignn")(features, graph)
+    with pytest.raises(TypeError, match=r"array or a jax\.experimental\.sparse\.BCSR, got csr_"):
+        model(graph, scipy.sparse.csr_array(np.asarray(features)))
     directed = Graph.from_edges(EDGES, NODES, normalization="mean", dtype=float)
     with pytest.raises(ValueError, match="MonotoneGraphCell needs a symmetric graph"):
         implicit("monotone")(directed, features)

@@ -100,7 +100,7 @@ def test_dropout_has_one_mask_for_all_positions(x64):
         ({"vocabulary_size": 0}, "vocabulary_size must be at least 1, got 0"),
         ({"features": 0}, "features must be at least 1, got 0"),
         ({"hidden_features": 0}, "hidden_features must be at least 1, got 0"),
-        ({"dropout": 1.5}, r"dropout must be in \[0, 1\], got 1.5"),
+        ({"dropout": 1.5}, "dropout must be finite, >= 0 and <= 1, got 1.5"),
     ],
 )
 def test_bad_options_are_named(options, message):

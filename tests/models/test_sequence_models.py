@@ -192,8 +192,8 @@ def test_accelerated_solves_are_causal_to_their_tolerance(name, solver, x64):
 WRONG = {
     "vocabulary_size must be at least 1, got 0": {0: 0},
     "features must be at least 1, got 0": {1: 0},
-    r"dropout must be in \[0, 1\], got 1.5": {"dropout": 1.5},
-    r"memory_size must be in \[0, inf\], got -1": {"memory_size": -1},
+    "dropout must be finite, >= 0 and <= 1, got 1.5": {"dropout": 1.5},
+    "memory_size must be finite, >= 0, got -1": {"memory_size": -1},
     "memory_size must be an integer, got 1.5": {"memory_size": 1.5},
 }
 
