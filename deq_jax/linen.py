@@ -198,7 +198,7 @@ class DEQ(nn.Module):
         return returned(z, stats, samples, return_stats, (rest[-1],) if self.has_aux else ())
 
     def _call_at(self, f: "_Apply", state: PyTree, arguments: tuple[PyTree, ...]) -> None:
-        """Calls the cell at z*, on the shards of the solve, and keeps what it writes."""
+        """Calls the cell at z*, on the shards of the solve, and keeps the variables it writes."""
         assert self.cell.scope is not None
         write = _Write(f.cell, self.cell.scope.mutable or (), f.kwargs)
         named = sharding.as_axes(self.execution.shard_axis)
@@ -280,7 +280,7 @@ def _injection(cell: nn.Module, params: PyTree | None, x: PyTree) -> PyTree:
 
 @dataclasses.dataclass(frozen=True)
 class _Apply:
-    """The cell as a pure function; what it writes to its collections is dropped."""
+    """The cell as a pure function, which drops the variables that the cell writes."""
 
     cell: nn.Module
     changing: tuple[str, ...]

@@ -19,7 +19,7 @@ PyTree = Any
 
 
 class Program:
-    """A jaxpr and the structure of what it returns: the static part of a `Closure`.
+    """A jaxpr and the structure of its outputs: the static part of a `Closure`.
 
     Two programs are equal if they run the same operations, so that a function that is traced again
     finds what was compiled for the trace before.
@@ -27,7 +27,7 @@ class Program:
     Attributes:
         jaxpr: a jaxpr without constants. Its inputs are the closure's arrays, then the leaves of
             the state.
-        out_tree: the structure of what it returns.
+        out_tree: the structure of the outputs.
         mesh_axes: names of the axes over which it communicates. A loop around it has to make as
             many trips on every device along them.
         per_sample: for each of the closure's arrays, whether its axis 0 is the batch.

@@ -106,14 +106,16 @@ class Graph:
             graph = Graph.from_edges([[0, 1], [1, 2]], 4)  # 0 - 1 - 2, and 3 by itself
 
         Args:
-            edges: `[2, E]` integers: senders, and receivers. An edge that stands there twice (with
-                `symmetric`: in any direction) counts once, with the weight that it has first.
+            edges: `[2, E]` integers: a row of senders and a row of receivers. An edge that is
+                listed twice counts once, with the weight of its first entry. With `symmetric`, an
+                edge and its reverse are the same edge.
             num_nodes: N.
             weights: `[E]`, above zero; ones by default.
             normalization: see above.
             self_loops: give each node an edge of weight 1 to itself. Edges from a node to itself in
                 `edges` are left out then.
-            dtype: of the weights; `propagate` casts them to the dtype of what it is given.
+            dtype: dtype in which the weights are kept. `propagate` casts them to the dtype of z, or
+                to float32 if that is wider.
 
         Raises:
             ValueError: `edges` has another shape or no integers, names a node that is not there,

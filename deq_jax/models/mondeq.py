@@ -49,8 +49,9 @@ class MonDEQ(EquilibriumClassifier):
         widths: features of the dense state, channels of the convolutional one, or the channels of
             each resolution, finest first.
         m: strong monotonicity, above 0.
-        mean: mean of a pixel, one for all channels or one each; it is subtracted.
-        std: standard deviation of a pixel, likewise; what is left is divided by it.
+        mean: mean of the pixels, one number for all channels or one for each. The network gets
+            `(image - mean) / std`.
+        std: standard deviation of the pixels, one number for all channels or one for each.
         splitting: as for `MonotoneDEQ`.
         solver: as for `deq_fixed_point`; the published tolerance and budget by default.
         gradient: as for `deq_fixed_point`.

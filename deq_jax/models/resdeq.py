@@ -49,8 +49,8 @@ SMALL: dict[str, Any] = {"channels": (16, 32, 32, 16)}
 class ResDEQ(EquilibriumClassifier):
     """The classifier with several equilibria in a row.
 
-    Its core, `Stages`, is called like one `deq_jax.nnx.DEQ`; see there what its state and its
-    statistics are.
+    Its core is called like one `deq_jax.nnx.DEQ`. `Stages` describes the state and the statistics
+    of the core.
 
     Args:
         image_shape: `(height, width, channels)` of an image; height and width are multiples of

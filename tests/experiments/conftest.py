@@ -23,16 +23,27 @@ TINY = [
 """A network and a training so small that it is the machinery that is tested."""
 
 
-@pytest.fixture(scope="session")
-def shared_tfds() -> Path:
-    """Folder with a prepared CIFAR-10, which lies beside the checkout."""
-    folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "tfds"
-    if not (folder / "cifar10").is_dir():
-        message = f"there is no prepared CIFAR-10 in {folder}"
+def shared_data(name: str, holds: str) -> Path:
+    """A folder of data beside the checkout. Without it tests are skipped, and fail in CI."""
+    folder = Path(__file__).resolve().parents[3] / "shared" / "data" / name
+    if not (folder / holds).exists():
+        message = f"there is no {holds} in {folder}"
         if os.environ.get("CI") == "true":
             pytest.fail(message)
         pytest.skip(message)
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_tfds() -> Path:
+    """Folder with prepared data sets."""
+    return shared_data("tfds", "cifar10")
+
+
+@pytest.fixture(scope="session")
+def shared_graphs() -> Path:
+    """Folder with the files of graphs."""
+    return shared_data("graphs", "cora.npz")
 
 
 @pytest.fixture(autouse=True)

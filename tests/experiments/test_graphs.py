@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 from pathlib import Path
 
@@ -17,18 +16,6 @@ from experiments.train.errors import DatasetNotFoundError, NonFiniteError, Usage
 from tests.experiments.training import records, run
 
 DOCS = Path(__file__).parents[2] / "docs"
-
-
-@pytest.fixture(scope="module")
-def shared_graphs() -> Path:
-    """Folder with the files of graphs, which lies beside the checkout."""
-    folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "graphs"
-    if not (folder / "cora.npz").is_file():
-        message = f"there is no cora.npz in {folder}"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-    return folder
 
 
 @pytest.mark.parametrize(
