@@ -40,7 +40,7 @@ IMAGES = [*CHEAP, "--data.train=96", "--data.eval=40", "--eval-batch-size=12"]
 IMAGES += ["--network.channels=4", "--network.inner-channels=4", "--network.groups=2"]
 TEXT = [*CHEAP, "stability:off", "--data.length=8", "--data.steps-per-epoch=6"]
 TEXT += ["--eval-batch-size=12", "--eval-every=1", "--network.memory=8", "--data.evaluation=0.4"]
-TEXT += ["--network.features=8", "--network.hidden-features=8", "--cell.heads=2"]
+TEXT += ["--network.features=8", "--network.hidden-features=8", "--cell.heads=4"]
 
 
 @pytest.fixture(scope="module")
@@ -52,35 +52,26 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(text, tmp_path_factory):
-    """`alone(script, devices)`: the records of a run in one process; nothing happens to it.
+    """`alone[script]`: the records of a run in one process; nothing happens to it.
 
     Gloo adds up in this process too. Sums over four devices are rounded otherwise without it, and
     where a gradient is nothing but rounding, Adam makes a step of it that is as long as any other.
     """
-    found = {}
-
-    def records_of(script, devices):
-        if devices not in found:
-            found[devices] = tmp_path_factory.mktemp(f"alone_{devices}")
-            commands = [
-                (name, [*flags_of(name, text, devices), f"--run.dir={found[devices] / name}"], 0)
-                for name in SCRIPTS
-                if devices == 4 or name == "language_model"
-            ]
-            with Processes(commands, count=1) as process:
-                ends = process.ends()
-            assert ends[0][0] == 0, ends
-        return records(found[devices] / script)
-
-    return records_of
+    folder = tmp_path_factory.mktemp("alone")
+    commands = [
+        (name, [*flags_of(name, text), f"--run.dir={folder / name}"], 0) for name in SCRIPTS
+    ]
+    with Processes(commands, count=1) as process:
+        ends = process.ends()
+    assert ends[0][0] == 0, ends
+    return {name: records(folder / name) for name in SCRIPTS}
 
 
-def flags_of(script, text, devices):
-    """Those of images split the batch alone; those of the text the parameters too."""
+def flags_of(script, text):
+    """Over four devices: both axes that split the parameters reach across two processes."""
     if script == "image_classification":
-        return [*IMAGES, f"--devices={devices}"]
-    split = ["--tensor=2"] if devices == 2 else ["--tensor=2", "--fsdp=2"]
-    return [*TEXT, f"--data.name={text}", f"--devices={devices}", *split]
+        return [*IMAGES, "--devices=4", "--fsdp=4"]
+    return [*TEXT, f"--data.name={text}", "--devices=4", "--tensor=4"]
 
 
 class Processes:
@@ -139,30 +130,24 @@ class Processes:
 
 @pytest.mark.slow
 def test_two_processes_with_two_devices_each_train_as_one_does(tmp_path, text, alone):
-    commands = [
-        (script, [*flags_of(script, text, 4), f"--run.dir={tmp_path / script}"], 0)
-        for script in SCRIPTS
-    ]
-    with Processes(commands) as pair:
+    flags = [*flags_of("image_classification", text), f"--run.dir={tmp_path}"]
+    with Processes([("image_classification", flags, 0)]) as pair:
         first, second = pair.ends()
     assert (first[0], second[0]) == (0, 0), (first, second)
-    assert "device: 4 x cpu, 2 processes" in first[1]
-    assert "device: 4 x cpu, fsdp 2, tensor 2, 2 processes" in first[1]
+    assert "device: 4 x cpu, fsdp 4, 2 processes" in first[1]
     # Process 0 alone prints.
     assert "epoch   1" in first[1]
     assert "epoch" not in second[1]
-    for script in SCRIPTS:
-        got, expected = records(tmp_path / script), alone(script, 4)
-        for one, other in zip(got, expected, strict=True):
-            assert one == pytest.approx(other, rel=1e-6)
+    for got, expected in zip(records(tmp_path), alone["image_classification"], strict=True):
+        assert got == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.slow
 def test_stopped_and_killed_processes_go_on(tmp_path, text, alone):
     """SIGTERM to one of two, kill -9 of each of them, and the end in one process."""
     words, images = tmp_path / "words", tmp_path / "images"
-    language = [*flags_of("language_model", text, 2), f"--run.dir={words}"]
-    image = [*flags_of("image_classification", text, 2), f"--run.dir={images}"]
+    language = [*flags_of("language_model", text), f"--run.dir={words}"]
+    image = [*flags_of("image_classification", text), f"--run.dir={images}"]
 
     with Processes([("language_model", language, 0.5)]) as pair:
         pair.wait_for_checkpoint(words, 1)
@@ -186,11 +171,12 @@ def test_stopped_and_killed_processes_go_on(tmp_path, text, alone):
         assert "Traceback" not in errors
         if victim == 1:
             assert "going on in epoch" in output
-            for got, expected in zip(records(words), alone("language_model", 2), strict=True):
+            assert "device: 4 x cpu, tensor 4, 2 processes" in output
+            for got, expected in zip(records(words), alone["language_model"], strict=True):
                 assert got == pytest.approx(expected, rel=1e-6)
         commands = commands[1:]
 
-    # Another number of processes needs leave, and rounds otherwise; as do four devices.
+    # Another number of processes needs leave, and rounds otherwise.
     ended = run(image_classification, *image)
     assert ended.code == 2
     assert "number of processes was 2, is now 1; --run.elastic goes on" in ended.complaint
@@ -199,8 +185,7 @@ def test_stopped_and_killed_processes_go_on(tmp_path, text, alone):
         ended = run(image_classification, *image, "--run.elastic")
     assert ended.code == 0, ended.errors
     assert "note: number of processes was 2, is now 1" in ended.output
-    expected = alone("image_classification", 4)
-    for got, one in zip(records(images), expected, strict=True):
+    for got, one in zip(records(images), alone["image_classification"], strict=True):
         assert got == pytest.approx(one, rel=1e-2)
 
 
