@@ -1,4 +1,4 @@
-"""Looks at the solves of a network trained by any of the scripts, on images or on sequences.
+"""Looks at the solves of a network trained by any of the scripts: on images, sequences, a graph.
 
     python -m experiments.diagnose --run runs/digits
 
@@ -34,7 +34,8 @@ class Arguments:
     """Write a report on the solves of a trained network: residuals, spectra, warnings.
 
     Attributes:
-        run: folder of a run of experiments.image_classification, language_model or copy_memory.
+        run: folder of a run of experiments.image_classification, language_model, copy_memory or
+            graph_classification.
         data_dir: folder of prepared data sets. None: that of the run.
         examples: look at so many images, or sequences, of those that the run is evaluated on.
         output: folder for the report. None: diagnosis/ in the run's folder.
@@ -59,7 +60,8 @@ def diagnose(arguments: Arguments) -> pathlib.Path:
     model, examples, words = looked_at.model, looked_at.examples, looked_at.examples.words
     network = measure.Network(model, examples)
 
-    solves = _timed(f"solved {len(examples)} {words.many}", network.solves)
+    noun = words.many if len(examples) > 1 else words.one
+    solves = _timed(f"solved {len(examples)} {noun}", network.solves)
     inputs, targets = (jnp.asarray(leaf[:_TRACED]) for leaf in (examples.inputs, examples.targets))
     traces, tolerances = _timed(
         "traced residuals",
@@ -71,12 +73,15 @@ def diagnose(arguments: Arguments) -> pathlib.Path:
     curves = measure.roc_curves(solves, good)
 
     def draw() -> dict[str, bytes]:
+        compared = {}
+        if len(examples) > 1:
+            compared = figures.confidence_figures(solves, good, curves, words)
         drawn = {
             **figures.residual_figures(traces, tolerances, words.many),
             **figures.evaluation_figures(solves, network.solver.max_iter),
             **figures.spectrum_figures(spectra, words.one),
             **figures.budget_figures(budgets, looked_at.tol, words),
-            **figures.confidence_figures(solves, good, curves, words),
+            **compared,
             **figures.epoch_figures(looked_at.history),
         }
         return {name: figures.png(figure) for name, figure in drawn.items()}

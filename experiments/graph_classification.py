@@ -192,6 +192,11 @@ class Config(Settings):
                 f"--eval-every must be at most --epochs, {self.epochs}, got {self.eval_every}"
             )
 
+    @property
+    def is_deq(self) -> bool:
+        """Whether the model has a solver."""
+        return self.model in IMPLICIT
+
 
 _DROPOUT = Config(network=Network(dropout=0.5))
 PRESETS = {
@@ -217,7 +222,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
 # ------------------------------------------------------------------------------- data and network
 
 
-def load(data: GraphData, seed: int = 0) -> GraphDataset:
+def load_data(data: GraphData, seed: int = 0) -> GraphDataset:
     """The graph. The seed is that of the split of chains."""
     if data.name == "chains":
         return make_chains(
@@ -228,6 +233,13 @@ def load(data: GraphData, seed: int = 0) -> GraphDataset:
             seed=seed,
         )
     return load_graph(data.name, data_dir=data.dir, split=data.split)
+
+
+def load(config: Config, run: RunFolder) -> tuple[GraphDataset, Any]:
+    """The graph and the untrained network of a run, for those who read it."""
+    del run
+    dataset = load_data(config.data, config.seed)
+    return dataset, build_model(config, dataset)
 
 
 def build_model(config: Config, dataset: GraphDataset) -> ImplicitGraphNet | GCN | APPNP | SGC:
@@ -412,6 +424,9 @@ def fit(config: Config, dataset: GraphDataset) -> tuple[Any, list[Record], Recor
 _DIAGNOSED = 50
 """Epochs whose solves are looked at together."""
 
+_FIGURES = ("iterations", "residual_mean", "residual_worst", "converged", "diverged")
+"""What is kept of each solve, under the names that the other commands give to it."""
+
 
 class _Solves:
     """The reports of all solves of a training.
@@ -434,9 +449,7 @@ class _Solves:
         record: Record = {}
         for name, solve in (("forward", stats), ("backward", report)):
             summary = summarize(solve)
-            record[f"{name}_evaluations"] = summary.evaluations
-            record[f"{name}_residual"] = summary.residual_worst
-            record[f"{name}_converged"] = summary.converged
+            record |= {f"{name}_{figure}": getattr(summary, figure) for figure in _FIGURES}
         return record
 
     def diagnose(self) -> None:
@@ -492,7 +505,7 @@ def train(config: Config, arguments: Sequence[str] | None) -> Record:
         if (result := run.read_result()) is not None:
             print(f"{run.path} is finished; --run.fresh starts over")
             return result
-        dataset = load(config.data, config.seed)
+        dataset = load_data(config.data, config.seed)
         print(f"data: {dataset.describe()}\nmodel: {config.model}")
         if config.model in IMPLICIT:
             print(f"solver: {config.solver}\ngradient: {config.gradient}")

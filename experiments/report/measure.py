@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,10 @@ import optax
 from flax import nnx
 
 from deq_jax import Implicit, Solver, Status, solve_adjoint, solve_fixed_point
-from deq_jax.models.classifier import EquilibriumClassifier
-from deq_jax.models.sequence import EquilibriumSequenceModel
 from deq_jax.stability import SolveSummary
 from deq_jax.stability.spectrum import spectral_radius, spectrum
 
 PyTree = Any
-EquilibriumModel = EquilibriumClassifier | EquilibriumSequenceModel
 
 BATCH = 32
 """Number of examples solved at once, and of examples whose spectral radius is estimated."""
@@ -30,6 +27,32 @@ LARGEST_NEWTON_BUDGET = 25
 
 ENOUGH = 10
 """Number of good and of bad answers that a ROC curve needs."""
+
+
+class EquilibriumModel(Protocol):
+    """A network of a batch, with an equilibrium in it: `classify(core(injection, start))`.
+
+    Attributes:
+        core: the `deq_jax.nnx.DEQ`.
+    """
+
+    core: Any
+
+    def injection(self, inputs: Any, /) -> PyTree:
+        """What the core is given."""
+        ...
+
+    def zeros(self, x: Any, /) -> PyTree:
+        """The zero state for an injection."""
+        ...
+
+    def start(self, x: Any, /) -> PyTree:
+        """The state that a solve starts from."""
+        ...
+
+    def classify(self, z: Any, /) -> jax.Array:
+        """Logits from the core's output."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from deq_jax import Execution, Finding, Implicit, diagnose
+from deq_jax import Execution, Finding, GradientPolicy, Implicit, diagnose
 from deq_jax.models.conv_deq import count_parameters
 from deq_jax.stability import Limits, SolveSummary, SpectralRadius, diagnose_budgets
+from experiments.graph_classification import IMPLICIT
 from experiments.report import measure
 from experiments.report.examples import Examples, choose_copies, choose_images, choose_windows
+from experiments.report.graphs import OneGraph, choose_graph
 from experiments.report.trained import Run
 from experiments.studies.tables import machine
 from experiments.train.config import TrainingConfig
@@ -40,21 +42,27 @@ class Subject:
     no_backward: str
 
 
-def unfit(script: str, config: TrainingConfig) -> str:
+def unfit(script: str, config: Any) -> str:
     """Why a run has nothing to report on; empty if it has."""
     if config.is_deq:
         return ""
+    others = ", ".join(IMPLICIT) if script == "graph_classification" else "deq"
     return (
         f"a control, --model {config.model}, which has no solver to diagnose; choose a run with "
-        "--model deq"
+        f"--model {others}"
     )
 
 
 def subject_of(run: Run, count: int) -> Subject:
     """The network of a run, with at most `count` of the examples that the run is evaluated on."""
     config, core, progress = run.config, run.model.core, run.progress
-    memory = ""
-    if run.script == "image_classification":
+    model, memory, stability = run.model, "", ""
+    epochs = f"{progress.epoch} of {config.epochs}"
+    if run.script == "graph_classification":
+        model, examples = OneGraph(run.model, run.dataset), choose_graph(run.dataset)
+        epochs = f"{len(progress.history)} of {config.epochs}; the parameters are those of epoch "
+        epochs += f"{progress.epoch}, with the best score of the validation nodes"
+    elif run.script == "image_classification":
         examples = choose_images(run.dataset, count)
     elif run.script == "language_model":
         examples = choose_windows(run.dataset.text, config.data.length, count)
@@ -62,7 +70,8 @@ def subject_of(run: Run, count: int) -> Subject:
             memory = "each window starts without what --network.memory keeps of the one before"
     else:
         examples = choose_copies(run.dataset, config.data.shown, count)
-    epochs = f"{progress.epoch} of {config.epochs}"
+    if isinstance(config, TrainingConfig):
+        stability = described_stability(config)
     if progress.position:
         epochs += f", and {progress.position} steps"
     facts = {
@@ -72,23 +81,30 @@ def subject_of(run: Run, count: int) -> Subject:
         "model": f"{config.model}, {count_parameters(run.model):,} parameters",
         "solver": repr(core.solver),
         "gradient": repr(core.gradient),
-        "stability": described_stability(config),
+        "stability": stability,
         "execution": "" if core.execution == Execution() else repr(core.execution),
         "epochs trained": epochs,
         "machine": machine(),
     }
-    no_backward = f"backward: {config.backward} keeps no trace of its residuals."
-    if not isinstance(config.gradient, Implicit):
-        no_backward = f"Nothing is solved backwards: the gradient is {config.gradient}."
+    policy = _gradient_of(config)
+    if isinstance(policy, Implicit):
+        backward = policy.backward_solver(config.solver)
+        no_backward = f"backward: {backward} keeps no trace of its residuals."
+    else:
+        no_backward = f"Nothing is solved backwards: the gradient is {policy}."
     return Subject(
         script=run.script,
-        model=run.model,
+        model=model,
         examples=examples,
         facts={name: fact for name, fact in facts.items() if fact},
         tol=config.solver.tol,
         history=progress.history,
         no_backward=no_backward,
     )
+
+
+def _gradient_of(config: Any) -> GradientPolicy:
+    return config.gradient_policy() if isinstance(config, TrainingConfig) else config.gradient
 
 
 def findings(
@@ -105,7 +121,7 @@ def findings(
     config, history = run.config, run.progress.history
     options: dict[str, Any] = {
         "solver": config.solver,
-        "gradient": config.gradient_policy(),
+        "gradient": _gradient_of(config),
         "limits": Limits(converged=config.run.warn_below),
     }
     backward = None

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import optax
+from flax import nnx
 
-from experiments import copy_memory, image_classification, language_model
+from experiments import copy_memory, graph_classification, image_classification, language_model
 from experiments.train.config import TrainingConfig
 from experiments.train.errors import CheckpointError, RunMismatchError, UsageError
 from experiments.train.loop import Dataset, Progress, trained_model
@@ -24,6 +25,7 @@ SCRIPTS: dict[str, Any] = {
     "image_classification": image_classification,
     "language_model": language_model,
     "copy_memory": copy_memory,
+    "graph_classification": graph_classification,
 }
 """The commands that train; each has `parse_arguments` and `load`."""
 
@@ -31,7 +33,7 @@ Unfit = Callable[[str, Any], str]
 """From a run's command and settings to why it is of no use, to be read after `holds`; or empty."""
 
 
-def _is_fit(script: str, config: TrainingConfig) -> str:
+def _is_fit(script: str, config: Any) -> str:
     del script, config
     return ""
 
@@ -57,7 +59,7 @@ class Run:
     progress: Progress
 
 
-def read_config(path: pathlib.Path, unfit: Unfit = _is_fit) -> tuple[str, TrainingConfig]:
+def read_config(path: pathlib.Path, unfit: Unfit = _is_fit) -> tuple[str, Any]:
     """The command and the settings of the run in a folder, for one device.
 
     Args:
@@ -89,8 +91,10 @@ def read_config(path: pathlib.Path, unfit: Unfit = _is_fit) -> tuple[str, Traini
         )
     if why := unfit(script, config):
         raise UsageError(f"--run: {path} holds {why}")
-    # One device is enough here, and samples need not leave a solve early.
-    return script, dataclasses.replace(config, devices=1, fsdp=1, tensor=1, shrink_to=None)
+    if isinstance(config, TrainingConfig):
+        # One device is enough here, and samples need not leave a solve early.
+        config = dataclasses.replace(config, devices=1, fsdp=1, tensor=1, shrink_to=None)
+    return script, config
 
 
 def read_run(path: pathlib.Path, data_dir: str | None = None, unfit: Unfit = _is_fit) -> Run:
@@ -105,13 +109,40 @@ def read_run(path: pathlib.Path, data_dir: str | None = None, unfit: Unfit = _is
         ExperimentError: there is no such run, checkpoint or data, or it is of no use; the message
             says what is wrong.
     """
-    return read_state(path, data_dir, unfit)[0]
+    script, config = _readable(path, data_dir, unfit)
+    if script != "graph_classification":
+        return read_state(path, data_dir, unfit)[0]
+    folder = RunFolder(path)
+    dataset, model = graph_classification.load(config, folder)
+    params, chosen = _restored(folder, nnx.state(model, nnx.Param))
+    nnx.update(model, params)
+    model.eval()
+    history = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    progress = Progress(epoch=chosen["epoch"], history=history)
+    return Run(path, script, config, dataset, model, progress)
 
 
 def read_state(
     path: pathlib.Path, data_dir: str | None = None, unfit: Unfit = _is_fit
 ) -> tuple[Run, TrainState]:
-    """The same, and the state with which the training goes on; see `read_run`."""
+    """The same, and the state with which the training goes on; see `read_run`.
+
+    A run of graph_classification has none.
+    """
+    script, config = _readable(path, data_dir, unfit)
+    folder = RunFolder(path)
+    dataset, model = SCRIPTS[script].load(config, folder)
+    optimizer: optax.GradientTransformation = config.optim.optimizer(2)
+    state, saved = _restored(folder, initial_state(config, model, optimizer))
+    progress = Progress(**saved)
+    if progress.data != dataset.checksum():
+        raise RunMismatchError(f"--run: {path} was trained on other data than there are now")
+    trained = trained_model(config, model, state)
+    return Run(path, script, config, dataset, trained, progress), state
+
+
+def _readable(path: pathlib.Path, data_dir: str | None, unfit: Unfit) -> tuple[str, Any]:
+    """The command and the settings of a run that has what is needed to read it."""
     script, config = read_config(path, unfit)
     folder = RunFolder(path)
     if not folder.has_checkpoint():
@@ -122,9 +153,11 @@ def read_state(
     if data_dir is not None and script != "copy_memory":
         data = dataclasses.replace(config.data, dir=data_dir)
         config = dataclasses.replace(config, data=data)
-    dataset, model = SCRIPTS[script].load(config, folder)
-    optimizer: optax.GradientTransformation = config.optim.optimizer(2)
-    template = initial_state(config, model, optimizer)
+    return script, config
+
+
+def _restored(folder: RunFolder, template: Any) -> tuple[Any, dict[str, Any]]:
+    """The newest checkpoint of a run, and what was saved beside the arrays."""
     # A copy, since whoever opens the folder itself clears away what a training is writing to it.
     with tempfile.TemporaryDirectory() as copy:
         for checkpoint in folder.checkpoints.glob("*"):
@@ -134,10 +167,6 @@ def read_state(
             with Checkpoints(copy) as checkpoints:
                 restored = checkpoints.restore(template)
         except CheckpointError as error:
-            raise UsageError(f"--run: {path}: {error}") from error
+            raise UsageError(f"--run: {folder.path}: {error}") from error
     assert restored is not None
-    state, progress = restored[0], Progress(**restored[1])
-    if progress.data != dataset.checksum():
-        raise RunMismatchError(f"--run: {path} was trained on other data than there are now")
-    trained = trained_model(config, model, state)
-    return Run(path, script, config, dataset, trained, progress), state
+    return restored

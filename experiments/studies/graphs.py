@@ -29,7 +29,7 @@ from experiments.graph_classification import (
     Network,
     RunOptions,
     fit,
-    load,
+    load_data,
 )
 from experiments.studies.tables import Command, Document, Part, Study, markdown_table, origin
 from experiments.train.runs import write_atomically
@@ -186,7 +186,7 @@ def run(config: GraphsConfig, settings: Config) -> dict[str, Any]:
     if path.exists():
         figures = json.loads(path.read_text(encoding="utf-8"))
         return {name: float(f"{value:.5g}") for name, value in figures.items()}
-    dataset = load(data, settings.seed)
+    dataset = load_data(data, settings.seed)
     _, history, result = fit(settings, dataset)
     figures = {
         "validation": result[f"validation_{dataset.metric}"],

@@ -9,10 +9,15 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import diagnose as script
 from experiments import graph_classification
 from experiments.data.graphs import load_graph, make_chains
 from experiments.graph_classification import PRESETS, RunOptions, build_model, fit
+from experiments.report import measure
+from experiments.report.page import render
+from experiments.report.trained import read_run
 from experiments.train.errors import DatasetNotFoundError, NonFiniteError, UsageError
+from tests.experiments.test_diagnose import SECTIONS, Page
 from tests.experiments.training import records, run
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -115,8 +120,8 @@ def test_two_epochs_of_training(model, tmp_path):
     best = max(lines, key=lambda line: line["validation_accuracy"])
     assert result["epoch"] == best["epoch"]
     assert result["test_accuracy"] == best["test_accuracy"]
-    solves = [f"{way}_{name}" for way in ("forward", "backward") for name in ("evaluations",
-              "residual", "converged")]  # fmt: skip
+    solves = [f"{way}_{name}" for way in ("forward", "backward") for name in ("iterations",
+              "residual_mean", "converged")]  # fmt: skip
     assert (set(solves) <= lines[0].keys()) == (model == "ignn")
     if model == "ignn":
         assert all(line["forward_converged"] == 1 for line in lines)
@@ -127,6 +132,52 @@ def test_two_epochs_of_training(model, tmp_path):
         other = run(graph_classification, *flags, "--lr=0.5")
         assert other.code == 2
         assert "lr was 0.01, is now 0.5" in other.errors
+
+
+@pytest.mark.slow
+def test_the_report_on_a_run(tmp_path, monkeypatch):
+    """Against the figures of the run, and the eigenvalues of the dense Jacobian."""
+    monkeypatch.setattr(measure, "BUDGETS", (2,))
+    reports = []
+    monkeypatch.setattr(script, "render", lambda report: reports.append(report) or render(report))
+    folder = tmp_path / "run"
+    flags = ["solver:picard", "--solver.tol=1e-5", "--solver.max-iter=60", *TINY, "--epochs=3"]
+    flags += ["--data.directed=False", "--network.kappa=0.6"]
+    assert run(graph_classification, *flags, f"--run.dir={folder}").code == 0
+    ended = run(script, f"--run={folder}")
+    assert ended.code == 0, ended.errors
+    assert "solved 1 graph (" in ended.output
+    (report,) = reports
+    solves, result = report.solves, json.loads((folder / "result.json").read_text())
+    assert solves.correct.mean() == pytest.approx(result["test_accuracy"])
+    assert solves.converged.all()
+    assert report.budgets.budgets.tolist() == [2, 60]
+    assert report.traces["forward"].shape == (60, 1)
+    assert np.isfinite(report.traces["backward"][0]).all()
+
+    model, dataset = (trained := read_run(folder)).model, trained.dataset
+    x = model.injection(dataset.graph, dataset.features)
+    z, adjacency = np.float64(model.core(x)), np.float64(dataset.graph.to_dense())
+    weight = np.float64(model.core.cell.recurrent.kernel[...])
+    slopes = adjacency @ z @ weight + np.float64(x.features) > 0
+    jacobian = slopes.reshape(-1, 1) * np.kron(adjacency, weight.T)
+    radius = np.abs(np.linalg.eigvals(jacobian)).max()
+    assert radius > 0.1
+    assert report.spectra.radius == pytest.approx([radius], rel=0.02)
+
+    page = Page((folder / "diagnosis" / "index.html").read_text(encoding="utf-8"))
+    assert page.ids == SECTIONS
+    evaluations = f"The graph is converged after {solves.iterations[0]} evaluations."
+    assert evaluations in page.prose
+    share = f"Right nodes {solves.correct.mean():.1%}, loss {solves.loss.mean():.4f} nats a node."
+    assert share in page.prose
+    assert "There is one graph, and so nothing to compare." in page.prose
+    assert "the parameters are those of epoch" in page.prose
+
+    assert run(graph_classification, *TINY, "--model=sgc", f"--run.dir={tmp_path}/sgc").code == 0
+    refused = run(script, f"--run={tmp_path}/sgc")
+    assert refused.code == 2
+    assert "choose a run with --model ignn, eignn, monotone" in refused.complaint
 
 
 def test_the_same_seed_gives_the_same_bits():
