@@ -275,8 +275,9 @@ def unit_scale(*trees: PyTree) -> jax.Array:
     """A power of two s for each sample, `[B]`, so that squares of `s * a` stay in range.
 
     It is 1 at all ordinary sizes. Far above them the largest entry becomes 1. Far below, s is such
-    that the iterates of a solve may also grow to 1 before their squares overflow. Products with a
-    power of two are exact, so a solve takes the same steps at every scale.
+    that the iterates of a solve may also grow to 1 before their squares overflow, in float32 from
+    1e-25 on (for up to 2^20 entries). Products with a power of two are exact, so a solve takes the
+    same steps at every scale.
     """
     largest_entry = jnp.stack([largest(a) for a in trees]).max(0)
     usable = jnp.isfinite(largest_entry) & (largest_entry > 0)

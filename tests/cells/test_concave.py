@@ -163,12 +163,14 @@ def test_classifier_runs_and_has_gradients(form):
     assert model(images).shape == (5, 3)
 
 
-def test_there_is_one_equilibrium_where_the_input_is_tiny():
-    cell = ConcaveCell(1, rngs=nnx.Rngs(0))
-    cell.weight.kernel.set_value(jnp.array([[5.0]]))
-    c = cell.inject(jnp.array([[-18.0], [-100.0]]))
-    z = solve_fixed_point(lambda _, z, c: cell(z, c), (), c, solver=Picard(max_iter=200)).value
-    np.testing.assert_allclose(z, [[0.99991], [0.99991]], atol=1e-4)  # z = tanh(5 z)
+@pytest.mark.parametrize("width", [1, 300])
+def test_there_is_one_equilibrium_where_the_input_is_tiny(width):
+    cell = ConcaveCell(width, rngs=nnx.Rngs(0))
+    cell.weight.kernel.set_value(5 * jnp.eye(width))
+    c = cell.inject(jnp.full((2, width), jnp.array([[-18.0], [-100.0]])))
+    z, stats = solve_fixed_point(lambda _, z, c: cell(z, c), (), c, solver=Picard(max_iter=200))
+    np.testing.assert_allclose(z, np.full((2, width), 0.99991), atol=1e-4)  # z = tanh(5 z)
+    assert stats.converged.all()
 
 
 def test_the_rate_is_that_of_the_normalised_weights():
