@@ -59,7 +59,8 @@ class Network:
     trials: dict[str, Flags]
 
 
-_RATES = {f"lr {rate}": (f"--optim.lr={rate}",) for rate in (0.001, 0.002, 0.004, 0.008, 0.016)}
+_TRIED = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
+_RATES = {f"lr {rate}": (f"--optim.lr={rate}",) for rate in _TRIED}
 _EQUAL = ("--network.features=68", "--network.hidden-features=272", "--cell.heads=4")
 _NARROW = ("--network.features=16", "--network.hidden-features=36")
 _RECURRENT = ("--network.features=10",)
@@ -167,8 +168,8 @@ def train(
 def tune(part: str, name: str, config: Config) -> dict[str, float | None]:
     """The validation loss of the trials of a network; none where nothing is tuned.
 
-    A trial is trained with the first seed. One that diverges has no loss. The search begins with
-    the second trial and goes on until both neighbours of the best one are worse.
+    A trial is trained with the first seed. One that diverges has no loss. The search begins in
+    the middle and goes on until both neighbours of the best one are worse.
     """
     network = NETWORKS[part][name]
     names = list(network.trials)
@@ -185,7 +186,7 @@ def tune(part: str, name: str, config: Config) -> dict[str, float | None]:
         found = losses[trial]
         return math.inf if found is None else found
 
-    best = 1
+    best = (len(names) - 1) // 2
     while True:
         near = range(max(best - 1, 0), min(best + 2, len(names)))
         better = min(near, key=lambda place: loss(names[place]))
