@@ -122,8 +122,8 @@ class ConcaveCell(nnx.Module):
             raise ValueError(f"x must be [B, ..., {self.features}], got {list(x.shape)}")
         if self.activation == "sigmoid":
             return nnx.relu(x)
-        # Rounded to zero, it would make a fixed point of zero; and where a solve begins with far less
-        # than this and ends at 1, the squares of one of them are out of range.
+        # Rounded to zero, it would make a fixed point of zero. And where a solve begins with far
+        # less than this and ends at 1, the squares of one of them are out of range.
         least = max(float(jnp.finfo(x.dtype).tiny), 2.0**-64)
         return jnp.maximum(nnx.softplus(_SHARPNESS * x) / _SHARPNESS, least)
 
