@@ -236,7 +236,10 @@ def load_data(data: GraphData, seed: int = 0) -> GraphDataset:
 
 
 def load(config: Config, run: RunFolder) -> tuple[GraphDataset, Any]:
-    """The graph and the untrained network of a run, for those who read it."""
+    """The graph and the untrained network of a run; `run` is not looked at.
+
+    The signature is that of the other commands, whose runs keep a vocabulary in their folders.
+    """
     del run
     dataset = load_data(config.data, config.seed)
     return dataset, build_model(config, dataset)

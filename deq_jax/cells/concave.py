@@ -51,8 +51,7 @@ class ConcaveCell(nnx.Module):
 
         params["layer"] = ConcaveCell.project(params["layer"])
 
-    The kernel starts uniform on
-    `[0, 0.01 / √(2 features))`.
+    The kernel starts uniform on `[0, 0.01 / √(2 features))`.
 
     ```python
     import jax.numpy as jnp
@@ -113,7 +112,7 @@ class ConcaveCell(nnx.Module):
             self.weight = nnx.Conv(features, features, window, kernel_metadata=names, **options)
 
     def inject(self, x: jax.Array) -> jax.Array:
-        """c, like x; the positive part of the input.
+        """c, like x: the positive part of the input, at least 2⁻⁶⁴ where the class says softplus.
 
         Raises:
             ValueError: x has another width than the cell.

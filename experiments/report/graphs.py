@@ -20,7 +20,7 @@ class _OneAtATime(nnx.Module):
         self.cell = cell
 
     def inject(self, x: Any) -> Any:
-        """What of the input a solve needs, computed once."""
+        """Whatever the graph's cell computes once, in front of the loop."""
         return self.cell.inject(x)
 
     def __call__(self, z: jax.Array, x: Any) -> jax.Array:
@@ -47,16 +47,16 @@ class OneGraph(nnx.Module):
         )
 
     def injection(self, inputs: jax.Array) -> Any:
-        """What the core is given. The inputs only say how many graphs there are."""
+        """What the core is given: always the graph of this object. `inputs` is not looked at."""
         del inputs
         return self._model.injection(*self._graph)
 
     def zeros(self, x: Any) -> jax.Array:
-        """A batch of one state, zero."""
+        """Zeros `[1, N, features]`, the state of one graph."""
         return self._model.zeros(x)[None]
 
     def start(self, x: Any) -> jax.Array:
-        """What a solve starts from, likewise."""
+        """The state `[1, N, features]` that a solve starts from."""
         return self._model.start(x)[None]
 
     def classify(self, z: jax.Array) -> jax.Array:

@@ -111,7 +111,7 @@ def read_run(path: pathlib.Path, data_dir: str | None = None, unfit: Unfit = _is
     """
     script, config = _readable(path, data_dir, unfit)
     if script != "graph_classification":
-        return read_state(path, data_dir, unfit)[0]
+        return _read_training(path, script, config)[0]
     folder = RunFolder(path)
     dataset, model = graph_classification.load(config, folder)
     params, chosen = _restored(folder, nnx.state(model, nnx.Param))
@@ -125,11 +125,15 @@ def read_run(path: pathlib.Path, data_dir: str | None = None, unfit: Unfit = _is
 def read_state(
     path: pathlib.Path, data_dir: str | None = None, unfit: Unfit = _is_fit
 ) -> tuple[Run, TrainState]:
-    """The same, and the state with which the training goes on; see `read_run`.
+    """`read_run`, and the state with which the training goes on.
 
-    A run of graph_classification has none.
+    A run of graph_classification cannot go on and has no such state, so it cannot be read like
+    this.
     """
-    script, config = _readable(path, data_dir, unfit)
+    return _read_training(path, *_readable(path, data_dir, unfit))
+
+
+def _read_training(path: pathlib.Path, script: str, config: Any) -> tuple[Run, TrainState]:
     folder = RunFolder(path)
     dataset, model = SCRIPTS[script].load(config, folder)
     optimizer: optax.GradientTransformation = config.optim.optimizer(2)

@@ -157,6 +157,12 @@ def test_the_report_on_a_run(tmp_path, monkeypatch):
 
     model, dataset = (trained := read_run(folder)).model, trained.dataset
     x = model.injection(dataset.graph, dataset.features)
+    logits = np.float64(model(dataset.graph, dataset.features))[mask := dataset.masks["test"]]
+    labels = dataset.labels[mask]
+    np.testing.assert_array_equal(solves.labels, [labels])
+    np.testing.assert_array_equal(solves.predicted, [logits.argmax(1)])
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
+    assert solves.loss == pytest.approx([losses.mean()], rel=1e-4)
     z, adjacency = np.float64(model.core(x)), np.float64(dataset.graph.to_dense())
     weight = np.float64(model.core.cell.recurrent.kernel[...])
     slopes = adjacency @ z @ weight + np.float64(x.features) > 0
