@@ -78,6 +78,10 @@ class Program:
         """The same program, of whose inputs one more is an array of the closure."""
         return self._with(self.jaxpr, self.out_tree, (*self.per_sample, per_sample))
 
+    def rewritten(self, jaxpr: Any) -> "Program":
+        """The same function, computed by other operations."""
+        return self._with(jaxpr, self.out_tree, self.per_sample)
+
     def _with(self, jaxpr: Any, out_tree: Any, per_sample: tuple[bool, ...]) -> "Program":
         program = Program(jaxpr, out_tree, per_sample, self.value_only)
         program.specs = self.specs  # those of the context in which it was traced

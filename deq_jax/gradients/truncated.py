@@ -15,7 +15,7 @@ from deq_jax import checks
 from deq_jax.closure import Closure
 from deq_jax.control import Control, Watch
 from deq_jax.gradients.policy import refuse_attach, refuse_probe
-from deq_jax.passes import LoopBody
+from deq_jax.passes import LoopBody, ready_to_differentiate
 from deq_jax.solve import Carry, Loop, Solver
 from deq_jax.stats import BackwardProbe, Solution, Status
 
@@ -103,6 +103,7 @@ class Truncated:
         carry = lax.stop_gradient(carry._replace(status=status))
 
         # k steps with derivatives. Only the last asks whether a sample has converged.
+        f = ready_to_differentiate(f, solver)
         loop = Loop(f, solver, control, watch, differentiable=True, **options)
 
         def step(carry: Carry, index: jax.Array) -> tuple[Carry, None]:

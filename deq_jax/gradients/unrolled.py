@@ -7,6 +7,7 @@ from deq_jax import checks
 from deq_jax.closure import Closure
 from deq_jax.control import Control, Watch
 from deq_jax.gradients.policy import refuse_attach, refuse_probe
+from deq_jax.passes import ready_to_differentiate
 from deq_jax.solve import Solver, check_samples, solve
 from deq_jax.stats import BackwardProbe, Solution
 
@@ -77,6 +78,7 @@ class Unrolled:
         solver = self.limited(solver)
         check_samples(sample_at, solver)
         control.check(solver.max_iter)
+        f = ready_to_differentiate(f, solver)
         options["sample_at"] = sample_at
         return solve(f, z0, solver, control, watch, differentiable=True, **options)
 

@@ -5,13 +5,15 @@ bodies slowly. The docstring of each file says how much faster its rewriting is,
 measured. On other platforms no program is rewritten.
 """
 
+import dataclasses
 import functools
 from typing import Any, ClassVar
 
 import jax
 
+from deq_jax import _compat
 from deq_jax.closure import Closure
-from deq_jax.passes.cpu import rewrite_operations
+from deq_jax.passes.cpu import rewrite_operations, rewrite_to_differentiate
 from deq_jax.passes.flatten import flatten
 from deq_jax.passes.hoist import hoist
 from deq_jax.shrinking import Phase
@@ -24,6 +26,19 @@ def ready_for_loop(f: Closure) -> Closure:
     if jax.default_backend() != "cpu" or f.program.specs is not None:
         return f
     return hoist(f, rewrite_operations(flatten(f.program.jaxpr), len(f.arrays)))
+
+
+def ready_to_differentiate(f: Closure, solver: Any) -> Closure:
+    """`f` for a loop that is differentiated: the same function, with the same derivatives."""
+    if getattr(solver, "linearizes", False):
+        return f  # its products are forward mode, which the rewriting does not help
+    convolves = _compat.contains(f.program.jaxpr, "conv_general_dilated")
+    if not convolves or jax.default_backend() != "cpu" or f.program.specs is not None:
+        return f
+    flat = rewrite_to_differentiate(flatten(f.program.jaxpr, keep_rules=True))
+    equations = [op.equation for op in flat.operations]
+    jaxpr = _compat.with_equations(flat.jaxpr, flat.invars, equations, flat.outvars)
+    return dataclasses.replace(f, program=f.program.rewritten(jaxpr))
 
 
 class LoopBody:

@@ -2,8 +2,10 @@
 
 Each replacement computes the same as the operation it stands for, up to rounding:
 
-- a convolution by a known kernel that is not laid out as HWIO misses the fast path (jax#12868):
-  `ChannelsLast` lays the kernel out before the loop;
+- a convolution whose kernel is not laid out as HWIO misses the fast path (jax#12868), and is up
+  to a hundred times slower: `ChannelsLast` lays the kernel out, before the loop where it is known
+  there, and `Differentiable` makes the transposes that JAX derives from a convolution find theirs
+  laid out so;
 - a convolution of any layout runs on one core, matrix products on all: `Winograd` turns 3x3
   convolutions into matrix products, with 2.25 times fewer multiplications;
 - a sum over space and over the channels of a group, as GroupNorm takes it, is not vectorised:
@@ -24,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from deq_jax import _compat
 from deq_jax.passes.flatten import Flat, Operation, inline
@@ -34,13 +37,30 @@ _LEAST_PIXELS = 1024
 
 
 def rewrite_operations(flat: Flat, known: int) -> Flat:
-    """Replaces convolutions by known kernels, and sums in stages.
+    """Replaces convolutions, and sums in stages.
 
     Args:
-        flat: a loop's body.
+        flat: a loop's body, flattened without the derivative rules in it.
         known: how many of its first inputs are the same in every trip.
     """
-    constant = set(flat.invars[:known])
+    return _rewritten(flat, set(flat.invars[:known]), _replacement, keep_rules=False)
+
+
+def rewrite_to_differentiate(flat: Flat) -> Flat:
+    """Replaces convolutions by ones whose derivatives in reverse mode are fast too.
+
+    Args:
+        flat: a loop's body, flattened with the derivative rules in it.
+    """
+    return _rewritten(flat, set(), _differentiable, keep_rules=True)
+
+
+def _rewritten(
+    flat: Flat,
+    constant: set[Any],
+    choose: Callable[[Any, list[bool]], Callable[..., jax.Array] | None],
+    keep_rules: bool,
+) -> Flat:
     operations: list[Operation] = []
     replaced: dict[Any, Any] = {}
     for op in flat.operations:
@@ -51,8 +71,9 @@ def rewrite_operations(flat: Flat, known: int) -> Flat:
         fixed = [isinstance(a, _compat.Literal) or a in constant for a in inputs]
         if all(fixed) and not op.equation.effects:
             constant.update(op.equation.outvars)
-        elif (other := _replacement(op.equation, fixed)) is not None:
-            equations, outputs = inline(_compat.trace_types(other, inputs), inputs)
+        elif (other := choose(op.equation, fixed)) is not None:
+            traced = _compat.trace_types(other, inputs)
+            equations, outputs = inline(traced, inputs, keep_rules=keep_rules)
             operations += map(Operation, equations)
             replaced.update(zip(op.equation.outvars, outputs, strict=True))
             continue
@@ -64,10 +85,10 @@ def rewrite_operations(flat: Flat, known: int) -> Flat:
 def _replacement(equation: Any, fixed: list[bool]) -> Callable[..., jax.Array] | None:
     """A faster way to run the equation on a CPU; None where there is nothing to gain."""
     name, params = equation.primitive.name, equation.params
-    if name == "conv_general_dilated" and fixed[1] and params["batch_group_count"] == 1:
+    if name == "conv_general_dilated" and params["batch_group_count"] == 1:
         image, kernel = (atom.aval for atom in equation.invars)
         convolution = ChannelsLast(params)
-        if convolution.suits_winograd(image, kernel):
+        if fixed[1] and convolution.suits_winograd(image, kernel):
             return Winograd(params)
         if params["dimension_numbers"] != _channels_last(image.ndim):
             return convolution
@@ -76,9 +97,19 @@ def _replacement(equation: Any, fixed: list[bool]) -> Callable[..., jax.Array] |
     return None
 
 
+def _differentiable(equation: Any, fixed: list[bool]) -> Callable[..., jax.Array] | None:
+    """A convolution that is as fast, and whose transposes are; None for another operation."""
+    params = equation.params
+    if equation.primitive.name != "conv_general_dilated":
+        return None
+    if params["batch_group_count"] != 1 or params["feature_group_count"] != 1:
+        return None  # their transposes arrange the channels in another way
+    return Differentiable(params)
+
+
 @dataclasses.dataclass(frozen=True)
 class ChannelsLast:
-    """A convolution on `[N, *spatial, C]`, its kernel laid out `[*spatial, I, O]` before the loop.
+    """A convolution on `[N, *spatial, C]`, its kernel laid out `[*spatial, I, O]`.
 
     Attributes:
         params: of `conv_general_dilated`.
@@ -105,15 +136,20 @@ class ChannelsLast:
 
     def convolve(self, image: jax.Array, ready: Any) -> jax.Array:
         """The convolution of `[N, *spatial, C]`."""
+        return self._convolved(image, ready, _channels_last(image.ndim))
+
+    def _convolved(
+        self, image: jax.Array, kernel: jax.Array, numbers: lax.ConvDimensionNumbers
+    ) -> jax.Array:
         params = self.params
         return lax.conv_general_dilated(
             image,
-            ready,
+            kernel,
             window_strides=params["window_strides"],
             padding=params["padding"],
             lhs_dilation=params["lhs_dilation"],
             rhs_dilation=params["rhs_dilation"],
-            dimension_numbers=_channels_last(image.ndim),
+            dimension_numbers=numbers,
             feature_group_count=params["feature_group_count"],
             precision=params["precision"],
             preferred_element_type=params["preferred_element_type"],
@@ -144,6 +180,58 @@ def _channels_last(ndim: int) -> lax.ConvDimensionNumbers:
         rhs_spec=(ndim - 1, ndim - 2, *range(ndim - 2)),
         out_spec=(0, ndim - 1, *spatial),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Differentiable(ChannelsLast):
+    """A convolution whose transposes, as JAX derives them, find their kernels laid out as HWIO.
+
+    With `y = x * k` the tangents are `dx * k` and `x * dk`. JAX transposes a convolution by
+    reading the same arrays with other roles for their axes: the kernel's I and O change places,
+    and for the gradient of k so do N and C of the image, while the cotangent becomes the kernel.
+    So the tangents are computed from `[*spatial, O, I]`, `[C, *spatial, N]` and
+    `[I, *spatial, O]`, to `[*spatial, N, O]`. That makes forward mode miss the fast path in
+    their stead.
+
+    Through three evaluations in a `scan` of two 3x3 convolutions, 24 to 120 channels and back, on
+    50 images of 32x32 pixels, the gradient took 1.5 s of CPU time in place of 60.
+    """
+
+    def convolve(self, image: jax.Array, ready: Any) -> jax.Array:
+        """The convolution of `[N, *spatial, C]`."""
+
+        @jax.custom_jvp
+        def convolution(image: jax.Array, kernel: jax.Array) -> jax.Array:
+            return self._convolved(image, kernel, _channels_last(image.ndim))
+
+        def derivative(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
+            (image, kernel), parts = primals, []
+            if not isinstance(tangents[0], SymbolicZero):
+                parts.append(self._of_image(tangents[0], kernel))
+            if not isinstance(tangents[1], SymbolicZero):
+                parts.append(self._of_kernel(image, tangents[1]))
+            return convolution(image, kernel), functools.reduce(operator.add, parts)
+
+        convolution.defjvp(derivative, symbolic_zeros=True)
+        return convolution(image, ready)
+
+    def _of_image(self, tangent: jax.Array, kernel: jax.Array) -> jax.Array:
+        """`dx * k`."""
+        numbers = _channels_last(tangent.ndim)
+        out, into, *spatial = numbers.rhs_spec
+        numbers = numbers._replace(rhs_spec=(into, out, *spatial))
+        return self._convolved(tangent, kernel.swapaxes(-1, -2), numbers)
+
+    def _of_kernel(self, image: jax.Array, tangent: jax.Array) -> jax.Array:
+        """`x * dk`."""
+        last, middle = image.ndim - 1, range(1, image.ndim - 1)
+        numbers = lax.ConvDimensionNumbers(
+            lhs_spec=(last, 0, *middle),
+            rhs_spec=(last, 0, *middle),
+            out_spec=(last - 1, last, *range(last - 1)),
+        )
+        image, tangent = image.swapaxes(0, last), jnp.moveaxis(tangent, last - 1, 0)
+        return jnp.moveaxis(self._convolved(image, tangent, numbers), last - 1, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,28 +36,33 @@ class Flat:
     outvars: list[Any]
 
 
-def flatten(jaxpr: Any) -> Flat:
+def flatten(jaxpr: Any, *, keep_rules: bool = False) -> Flat:
     """Inlines calls: `jit`, and `custom_jvp`, `custom_vjp`, `checkpoint` where they convolve.
 
-    Control flow (`scan`, `while`, `cond`) is left as it is.
+    Control flow (`scan`, `while`, `cond`) is left as it is. With `keep_rules`, for a function that
+    is going to be differentiated, `jit` alone is inlined.
     """
     variables = {variable: variable for variable in jaxpr.invars}
-    operations = list(_inlined(jaxpr, variables, rematerialised=False))
+    operations = list(_inlined(jaxpr, variables, keep_rules))
     return Flat(jaxpr, list(jaxpr.invars), operations, _substituted(jaxpr.outvars, variables))
 
 
-def inline(jaxpr: Any, arguments: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+def inline(
+    jaxpr: Any, arguments: Sequence[Any], *, keep_rules: bool = False
+) -> tuple[list[Any], list[Any]]:
     """The equations of `jaxpr` on these atoms, flattened, and the atoms that it returns."""
     variables = dict(zip(jaxpr.invars, arguments, strict=True))
-    operations = _inlined(jaxpr, variables, rematerialised=False)
+    operations = _inlined(jaxpr, variables, keep_rules)
     return [op.equation for op in operations], _substituted(jaxpr.outvars, variables)
 
 
-def _inlined(jaxpr: Any, variables: dict[Any, Any], rematerialised: bool) -> Iterator[Operation]:
+def _inlined(
+    jaxpr: Any, variables: dict[Any, Any], keep_rules: bool, rematerialised: bool = False
+) -> Iterator[Operation]:
     """The equations of `jaxpr`; `variables` says what stands for its inputs and is filled up."""
     for equation in jaxpr.eqns:
         arguments = _substituted(equation.invars, variables)
-        body, constants = _body_to_inline(equation)
+        body, constants = _body_to_inline(equation, keep_rules)
         if body is None:
             # A name of its own for each output: one jaxpr may be inlined in several places.
             outputs = [
@@ -71,7 +76,7 @@ def _inlined(jaxpr: Any, variables: dict[Any, Any], rematerialised: bool) -> Ite
             inner = dict(zip(body.constvars, constants, strict=False))
             inner.update(zip(body.invars, arguments, strict=True))
             deeper = rematerialised or equation.primitive.name in _REMATERIALISED
-            yield from _inlined(body, inner, deeper)
+            yield from _inlined(body, inner, keep_rules, deeper)
             outputs = _substituted(body.outvars, inner)
         variables.update(zip(equation.outvars, outputs, strict=True))
 
@@ -80,7 +85,7 @@ def _substituted(atoms: Sequence[Any], variables: dict[Any, Any]) -> list[Any]:
     return [atom if isinstance(atom, _compat.Literal) else variables[atom] for atom in atoms]
 
 
-def _body_to_inline(equation: Any) -> tuple[Any, list[Any]]:
+def _body_to_inline(equation: Any, keep_rules: bool) -> tuple[Any, list[Any]]:
     """The jaxpr to put in the place of a call; None to leave the equation alone."""
     name, params = equation.primitive.name, equation.params
     if name in _CALLS:
@@ -91,7 +96,7 @@ def _body_to_inline(equation: Any) -> tuple[Any, list[Any]]:
         ):
             return None, []
     elif name in _CUSTOM | _REMATERIALISED:
-        if not any(
+        if keep_rules or not any(
             _compat.contains(body, "conv_general_dilated") for body in _compat.nested(equation)
         ):
             return None, []

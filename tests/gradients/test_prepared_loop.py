@@ -1,5 +1,8 @@
 """What `prepare` leaves in the loop, and what it does there. Read from jaxprs and CPU code."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +11,30 @@ from flax import nnx
 from jax import lax
 from jax.extend import core
 
-from deq_jax import Anderson, Picard, deq_fixed_point
+from deq_jax import (
+    Anderson,
+    Phantom,
+    Picard,
+    Reversed,
+    Reversible,
+    Truncated,
+    Unrolled,
+    deq_fixed_point,
+)
 from deq_jax.cells.resnet import ResNetCell
 from deq_jax.closure import Closure
-from deq_jax.passes import ready_for_loop
-from tests.gradients.test_prepared import CELLS, FORMS, W, Z, conv, normal, primitives, transposed
+from deq_jax.passes import ready_for_loop, ready_to_differentiate
+from tests.gradients.test_prepared import (
+    CELLS,
+    FORMS,
+    W,
+    Z,
+    conv,
+    normal,
+    plain,
+    primitives,
+    transposed,
+)
 from tests.reference import relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -106,20 +128,109 @@ def test_under_checkpoint_other_work_stays():
     assert "conv_general_dilated" in names
 
 
-def test_a_kernel_that_depends_on_the_state_is_left_alone():
-    dims = ("NCHW", "OIHW", "NCHW")
+def test_a_kernel_that_depends_on_the_state_is_laid_out_too():
     z, kernel = normal(2, 4, 5, 6), normal(4, 4, 3, 3)
 
     def f(kernel, z):
-        return conv(z, kernel * z[0, 0, 0, 0], dims=dims)
+        return conv(z, kernel * z[0, 0, 0, 0], dims=("NCHW", "OIHW", "NCHW"))
 
-    def known(kernel, z):
-        return conv(z, kernel * 2, dims=dims)
-
-    assert "transpose" not in primitives(prepared_jaxpr(f, kernel, z))
-    assert "transpose" in primitives(prepared_jaxpr(known, kernel, z))
     numbers = dimension_numbers(lowered(ready_for_loop(Closure.of(lambda z: f(kernel, z), z)), z))
-    assert numbers == ["[b, f, 0, 1]x[o, i, 0, 1]->[b, f, 0, 1]"]
+    assert numbers == [HWIO[4]]
+
+
+@pytest.mark.parametrize("form", sorted(set(FORMS) - {"batch groups"}))
+def test_the_gradient_of_a_kernel_is_channels_last(form):
+    """As the loops of `Phantom` and `Reversed` take it, together with that of the state."""
+    z_shape, kernel_shape, options = FORMS[form]
+    kernel, z = normal(*kernel_shape), normal(*z_shape)
+    out, pullback = jax.vjp(lambda kernel, z: conv(z, kernel, **options), kernel, z)
+    u = normal(*out.shape, seed=3)
+    product = ready_for_loop(Closure.of(pullback, out))
+    if "feature_group_count" not in options:  # a kernel's gradient has groups of the batch then
+        assert set(dimension_numbers(lowered(product, u))) == {HWIO[z.ndim]}
+    for got, expected in zip(jax.jit(product)(u), jax.jit(pullback)(u), strict=True):
+        assert relative_error(got, expected) < 1e-13
+
+
+def unrolled(f, kernel, z):
+    """The loss of three steps of f in a loop that can be differentiated."""
+    first = f(kernel, z)
+    if first.shape != z.shape:  # a state that can be fed to f again
+        return (jnp.sin(first) * normal(*first.shape, seed=4)).sum()
+    step = jax.checkpoint(lambda z, _: (jnp.tanh(f(kernel, z)), None))
+    return (lax.scan(step, z, length=3)[0] * normal(*z.shape, seed=4)).sum()
+
+
+def ready(f):
+    """`f(kernel, z)`, made ready for a loop that is differentiated."""
+    return lambda kernel, z: ready_to_differentiate(Closure.of(lambda z: f(kernel, z), z), None)(z)
+
+
+def check_derivatives(f, kernel, z):
+    """Gradients, tangents, and a tangent of the gradient, against those of f as it was written."""
+    tangent = normal(*kernel.shape, seed=5), normal(*z.shape, seed=6)
+
+    def everything(f):
+        gradient = jax.grad(functools.partial(unrolled, f), (0, 1))
+        return jax.jit(lambda *args: jax.jvp(gradient, args, tangent))(kernel, z)
+
+    for got, expected in zip(
+        jax.tree.leaves(everything(ready(f))), jax.tree.leaves(everything(f)), strict=True
+    ):
+        assert relative_error(got, expected) < 1e-12
+    gradient = jax.grad(functools.partial(unrolled, ready(f)), (0, 1))
+    return dimension_numbers(jax.jit(gradient).lower(kernel, z))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_differentiated_loops_are_channels_last(form):
+    z_shape, kernel_shape, options = FORMS[form]
+    grouped = {"feature_group_count", "batch_group_count"}.intersection(options)
+    numbers = check_derivatives(
+        lambda kernel, z: conv(z, kernel, **options), normal(*kernel_shape), normal(*z_shape)
+    )
+    assert grouped or set(numbers) == {HWIO[len(z_shape)]}
+
+
+@pytest.mark.parametrize("name", sorted(set(CELLS) - {"custom_vjp"}))
+def test_derivatives_of_nested_convolutions(name):
+    check_derivatives(CELLS[name][0], 0.3 * normal(*W, seed=1), normal(*Z))
+
+
+def test_a_gradient_rule_is_kept():
+    f = CELLS["custom_vjp"][0]
+    kernel, z = 0.3 * normal(*W, seed=1), normal(*Z)
+    gradients = [jax.grad(lambda z, f=f: unrolled(f, kernel, z))(z) for f in (f, ready(f))]
+    assert relative_error(gradients[1], gradients[0]) < 1e-13
+
+
+def test_derivatives_of_one_argument_alone():
+    kernel, z = 0.3 * normal(*W, seed=1), normal(*Z)
+    for argument in (0, 1):
+        got, expected = (
+            jax.jit(jax.grad(functools.partial(unrolled, f), argument))(kernel, z)
+            for f in (ready(plain), plain)
+        )
+        assert relative_error(got, expected) < 1e-13
+    gradient = jax.jit(jax.grad(functools.partial(unrolled, ready(plain)), 1)).lower(kernel, z)
+    assert len(dimension_numbers(gradient)) == 3  # forwards, recomputed, transposed
+
+
+@pytest.mark.parametrize(
+    "gradient", [Unrolled(), Truncated(3), Phantom(3), Reversed()], ids=lambda g: type(g).__name__
+)
+def test_policies_that_differentiate_in_loops_are_on_the_fast_path(gradient):
+    solver = Reversible(max_iter=6) if isinstance(gradient, Reversed) else Picard(max_iter=6)
+
+    def loss(kernel, x):
+        def f(kernel, z, x):
+            return jnp.tanh(conv(z, kernel) + x)
+
+        return deq_fixed_point(f, kernel, x, solver=solver, gradient=gradient).sum()
+
+    text = jax.jit(jax.grad(loss)).lower(0.1 * normal(*W), normal(*Z)).compile().as_text()
+    labels = set(re.findall(r"dim_labels=([\w>-]+)", text))
+    assert labels == {"b01f_01io->b01f"}
 
 
 def test_spread_out_scalars_are_not_stored():
