@@ -109,11 +109,7 @@ NETWORKS: dict[str, dict[str, Network]] = {
     },
     "cifar10": {
         "MDEQ": Network(("mdeq", "--stability.pretrain-steps=60", *_FEW), {"preset": ()}),
-        "ResDEQ": Network(
-            # On a CPU the gradient of its own solver takes thirty times as long.
-            ("resdeq", "solver:anderson", "gradient:implicit", *_FEW),
-            {"preset": ()},
-        ),
+        "ResDEQ": Network(("resdeq", *_FEW), {"preset": ()}),
         "the tutorial's": Network(("cifar10", *_FEW), {"preset": ()}),
     },
 }
