@@ -103,7 +103,8 @@ class Truncated:
         carry = lax.stop_gradient(carry._replace(status=status))
 
         # k steps with derivatives. Only the last asks whether a sample has converged.
-        f = ready_to_differentiate(f, solver)
+        if not getattr(solver, "linearizes", False):  # its products are forward mode
+            f = ready_to_differentiate(f)
         loop = Loop(f, solver, control, watch, differentiable=True, **options)
 
         def step(carry: Carry, index: jax.Array) -> tuple[Carry, None]:

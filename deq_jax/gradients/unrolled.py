@@ -78,7 +78,8 @@ class Unrolled:
         solver = self.limited(solver)
         check_samples(sample_at, solver)
         control.check(solver.max_iter)
-        f = ready_to_differentiate(f, solver)
+        if not getattr(solver, "linearizes", False):  # its products are forward mode
+            f = ready_to_differentiate(f)
         options["sample_at"] = sample_at
         return solve(f, z0, solver, control, watch, differentiable=True, **options)
 

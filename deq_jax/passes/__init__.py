@@ -28,10 +28,8 @@ def ready_for_loop(f: Closure) -> Closure:
     return hoist(f, rewrite_operations(flatten(f.program.jaxpr), len(f.arrays)))
 
 
-def ready_to_differentiate(f: Closure, solver: Any) -> Closure:
-    """`f` for a loop that is differentiated: the same function, with the same derivatives."""
-    if getattr(solver, "linearizes", False):
-        return f  # its products are forward mode, which the rewriting does not help
+def ready_to_differentiate(f: Closure) -> Closure:
+    """`f` for reverse mode in a loop: the same function, with the same derivatives."""
     convolves = _compat.contains(f.program.jaxpr, "conv_general_dilated")
     if not convolves or jax.default_backend() != "cpu" or f.program.specs is not None:
         return f

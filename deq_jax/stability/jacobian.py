@@ -17,7 +17,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from deq_jax import checks, tree
-from deq_jax.closure import Held, add_batch_axis, call_checked, drop_batch_axis, initial_state
+from deq_jax.closure import (
+    Closure,
+    Held,
+    add_batch_axis,
+    call_checked,
+    drop_batch_axis,
+    initial_state,
+)
+from deq_jax.passes import LoopBody
 
 PyTree = Any
 Cell = Callable[[PyTree, PyTree, PyTree], PyTree]
@@ -123,15 +131,17 @@ def jacobian_spectral_norm(
         return jax.tree.map(jnp.conj, product)
 
     push = jax.linear_transpose(lambda u: pullback(u)[0], start)
+    to_state = LoopBody(Closure.of(transposed, start))
+    to_value = LoopBody(Closure.of(lambda v: push(v)[0], start))
 
     def unit(v: PyTree) -> PyTree:
         size = tree.safe_norm(v)
         return tree.scale(jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0), v)
 
     def body(_: Any, u: PyTree) -> PyTree:
-        return unit(push(unit(transposed(u)))[0])
+        return unit(to_value(unit(to_state(u))))
 
-    u = unit(push(unit(random_normal(key, start)))[0])
+    u = unit(to_value(unit(random_normal(key, start))))
     u = lax.stop_gradient(lax.fori_loop(0, iterations - 1, body, u))
 
     # ‖Jᵀ u‖ once more, by the function that has a gradient.

@@ -24,6 +24,7 @@ from deq_jax import (
 from deq_jax.cells.resnet import ResNetCell
 from deq_jax.closure import Closure
 from deq_jax.passes import ready_for_loop, ready_to_differentiate
+from deq_jax.stability import jacobian_spectral_norm
 from tests.gradients.test_prepared import (
     CELLS,
     FORMS,
@@ -163,7 +164,7 @@ def unrolled(f, kernel, z):
 
 def ready(f):
     """`f(kernel, z)`, made ready for a loop that is differentiated."""
-    return lambda kernel, z: ready_to_differentiate(Closure.of(lambda z: f(kernel, z), z), None)(z)
+    return lambda kernel, z: ready_to_differentiate(Closure.of(lambda z: f(kernel, z), z))(z)
 
 
 def check_derivatives(f, kernel, z):
@@ -330,3 +331,14 @@ def test_second_derivatives_through_convolutions():
         return jax.jit(jax.grad(curvature, (0, 1)))(kernel, x)
 
     assert relative_error(second(solved), second(unrolled)) < 1e-9
+
+
+def test_power_iteration_for_the_spectral_norm_is_on_the_fast_path():
+    kernel, z = 0.1 * normal(*W), normal(*Z)
+
+    def norm(kernel):
+        f = lambda kernel, z, x: jnp.tanh(conv(z, kernel) + x)  # noqa: E731
+        return jacobian_spectral_norm(f, kernel, z, z, jax.random.key(0)).sum()
+
+    text = jax.jit(norm).lower(kernel).compile().as_text()
+    assert set(re.findall(r"dim_labels=([\w>-]+)", text)) == {"b01f_01io->b01f"}
