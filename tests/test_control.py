@@ -345,14 +345,15 @@ def compiled_gradient(tol, every):
 
 def test_eight_trips_need_one_agreement_and_a_tolerance_of_zero_none():
     assert len(collectives_in_loops(compiled_gradient(1e-6, 1))) >= 2  # forwards and backwards
-    text = compiled_gradient(1e-6, 8)
-    assert len(collectives_in_loops(text)) == 2
+    compiled = compiled_gradient(1e-6, 8)
+    agreements = collectives_in_loops(compiled)
+    assert len(agreements) == 2
     # They stand in the loops around the loops.
     name, agreeing, around = "", set(), set()
-    for line in text.as_text().splitlines():
+    for line in compiled.as_text().splitlines():
         header = re.match(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
         name = header[1] if header else name
-        if line.strip()[:120] in collectives_in_loops(text):
+        if line.strip()[:120] in agreements:
             agreeing.add(name)
         if re.search(r" while\(", line):
             around.add(name)
