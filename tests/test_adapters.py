@@ -127,6 +127,7 @@ CELLS = {
     "ValueError"
 )
 @pytest.mark.parametrize("name", CELLS)
+@pytest.mark.slow
 def test_both_are_the_formula(name):
     make_cell, linen_cell, formula, x_shape, z_shape = CELLS[name]
     x, cotangent = 2 * normal(*x_shape), normal(*z_shape, seed=2)
@@ -171,6 +172,7 @@ def linen_layer(**options):
 
 
 @pytest.mark.parametrize("make", [nnx_layer, linen_layer])
+@pytest.mark.slow
 def test_options_reach_the_solve(make):
     x, params = normal(4, 3), weights_of(Dense())
     solver = Picard(tol=1e-8, max_iter=90, trace=True)
@@ -245,6 +247,7 @@ def test_second_eager_call_does_not_trace(kind):
 
 
 @pytest.mark.parametrize("framework", ["nnx", "linen"])
+@pytest.mark.slow
 def test_a_cell_says_where_to_start_and_whether_it_has_a_batch(framework):
     x = normal(3, 2)
     if framework == "nnx":

@@ -55,6 +55,7 @@ def loss_of(z, aux):
 
 
 @pytest.mark.parametrize("budget", [None, 5])
+@pytest.mark.slow
 def test_nnx(budget):
     layer = deq_jax.nnx.DEQ(NnxCell(nnx.Rngs(0)), control=CONTROL, **OPTIONS)
     given = {} if budget is None else {"control": Control(budget=budget, select="last")}
@@ -73,6 +74,7 @@ def test_nnx(budget):
     np.testing.assert_allclose(gradient.cell.linear.kernel[...], reference, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_linen():
     layer = deq_jax.linen.DEQ(LinenCell(), control=CONTROL, **OPTIONS)
     (start, aux), variables = layer.init_with_output(jax.random.key(0), X)

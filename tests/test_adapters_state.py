@@ -61,6 +61,7 @@ def normalised(params, z, x, statistics=None):
     "BatchNorm was impossible"
 )
 @pytest.mark.parametrize("train", [True, False])
+@pytest.mark.slow
 def test_batch_norm_in_the_cell(train):
     # Statistics mix the samples, whose cotangents differ in size and of which one has none.
     x, cotangent = normal(6, 3), normal(6, 3, seed=2) * jnp.array([[0, 1, 1, 1e-3, 1, 9.0]]).T
@@ -102,6 +103,7 @@ def test_batch_norm_in_the_cell(train):
         assert relative_error(statistics["cell"]["norm"], new) < 1e-10
 
 
+@pytest.mark.slow
 def test_linen_keeps_statistics_it_may_not_change():
     layer, x = deq_jax.linen.DEQ(LinenNormalised(), solver=SOLVER), normal(6, 3)
     variables = layer.init(jax.random.key(0), x)
@@ -187,6 +189,7 @@ def test_sow_keeps_the_value_at_the_equilibrium():
 
 
 @pytest.mark.parametrize("way", ["nnx.jit", "nnx.grad", "nnx.jit of nnx.grad"])
+@pytest.mark.slow
 def test_nnx_transformations_with_state(way):
     x, cotangent = normal(6, 3), normal(6, 3, seed=2)
     layer = deq_jax.nnx.DEQ(randomise(Normalised(), kernel_scale=0.6), solver=SOLVER)

@@ -249,6 +249,7 @@ def test_the_status_of_a_solution():
     assert stats.converged
 
 
+@pytest.mark.slow
 def test_a_roots_unit_and_sign_do_not_matter():
     @jax.jit
     def attach(params, z, factor):
@@ -271,6 +272,7 @@ def test_a_roots_unit_and_sign_do_not_matter():
         np.testing.assert_allclose(flatten(got), flatten(expected), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_samples_and_their_probe():
     """With a batch each sample has a status, and its own backward report."""
     batch = np.stack([Host().solve(PARAMS, x) for x in (X, 2 * X, 3 * X)])
@@ -294,6 +296,7 @@ def test_samples_and_their_probe():
     np.testing.assert_allclose(flatten(gradient), expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_in_shard_map():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     x = np.stack([X, 2 * X])
@@ -315,6 +318,7 @@ def test_in_shard_map():
     np.testing.assert_allclose(flatten(gradient), expected, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_one_application_of_f():
     """`OneStep` is the derivative of f alone: ∂f/∂params at z*."""
     z = Host().solve(PARAMS, X)
@@ -323,6 +327,7 @@ def test_one_application_of_f():
     np.testing.assert_allclose(flatten(got), flatten(expected), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_record_of_the_solve():
     @implicit(lambda a, z, x: {"z": jnp.cos(a * z["z"]) + x}, has_aux=True, gradient=EXACT)
     def solve(a, x, count):
@@ -423,6 +428,7 @@ def test_bad_input_is_named(case):
         assert re.search(word, str(raised.value)), (word, str(raised.value))
 
 
+@pytest.mark.slow
 def test_implicit_without_a_solver_takes_gmres():
     z = Host().solve(PARAMS, X)
     for gradient in (Implicit(tol=1e-12), Implicit()):

@@ -124,6 +124,7 @@ def test_top_level():
     assert _compat.at_top_level()
 
 
+@pytest.mark.slow
 def test_cleared_caches_are_noticed_once():
     _compat.caches_were_cleared()
     assert not _compat.caches_were_cleared()

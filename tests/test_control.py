@@ -52,6 +52,7 @@ def solve(control, tol=0.0, max_iter=40, f=linear, **options):
 
 
 @pytest.mark.parametrize("solver", [Anderson, NewtonKrylov])
+@pytest.mark.slow
 def test_one_compiled_program_for_all_budgets(solver):
     def cell(w, z, x):
         return jnp.tanh(z @ w + x)
@@ -80,6 +81,7 @@ def test_a_traced_budget_is_clipped_and_a_static_one_checked():
         solve(Control(budget=8), max_iter=7)
 
 
+@pytest.mark.slow
 def test_unrolled_under_a_budget_has_the_gradient_of_as_many_evaluations():
     def loss(a, budget):
         z = deq_fixed_point(
@@ -241,6 +243,7 @@ def test_errors(call, message):
 # ------------------------------------------------------------------------- aux and step numbers
 
 
+@pytest.mark.slow
 def test_aux_is_that_of_the_returned_state_and_has_its_gradient():
     def f(a, z, x):
         return a * jnp.tanh(z) + x, {"energy": jnp.sum(a * z**2, 1)}
@@ -277,6 +280,7 @@ def noisy(a, z, x, step):
     ("gradient", "select"),
     [(Unrolled(), "last"), (Unrolled(), "best"), (Implicit(Picard(tol=1e-12)), "best")],
 )
+@pytest.mark.slow
 def test_the_derivative_of_noise_is_that_of_the_evaluations_that_were_made(gradient, select):
     options = {"solver": Picard(tol=0.0, max_iter=6), "pass_step": True, "gradient": gradient}
     solve = functools.partial(deq_fixed_point, noisy, x=X, **options)
@@ -343,6 +347,7 @@ def compiled_gradient(tol, every):
     return jax.jit(jax.grad(loss)).lower(A, x).compile()
 
 
+@pytest.mark.slow
 def test_eight_trips_need_one_agreement_and_a_tolerance_of_zero_none():
     assert len(collectives_in_loops(compiled_gradient(1e-6, 1))) >= 2  # forwards and backwards
     compiled = compiled_gradient(1e-6, 8)

@@ -111,6 +111,7 @@ class Traces:
     "JAX, retracing: a lambda made anew at every call is traced and compiled anew: 230 to 340 ms "
     "each"
 )
+@pytest.mark.slow
 def test_a_second_eager_call_does_not_trace_again():
     f = Traces()
     first = deq_fixed_point(f, jnp.float32(0.5), X)
@@ -124,6 +125,7 @@ def test_a_second_eager_call_does_not_trace_again():
     assert f.count == 3
 
 
+@pytest.mark.slow
 def test_a_second_eager_gradient_does_not_compile_again():
     compiled = []
 
@@ -148,6 +150,7 @@ def test_a_second_eager_gradient_does_not_compile_again():
     np.testing.assert_allclose(again, difference, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_closure_over_another_transformations_array_is_not_kept():
     """The same function object, holding a new traced array at every call."""
 
@@ -177,6 +180,7 @@ def test_an_unhashable_cell_is_solved_all_the_same():
     np.testing.assert_allclose(deq_fixed_point(Cell(), 0.5, X), deq_fixed_point(cell, 0.5, X))
 
 
+@pytest.mark.slow
 def test_leaves_without_a_gradient():
     params = {
         "gain": jnp.float32(0.5),
@@ -208,6 +212,7 @@ def test_leaves_without_a_gradient():
     assert by_params["index"].dtype == by_params["key"].dtype == jax.dtypes.float0
 
 
+@pytest.mark.slow
 def test_what_is_returned():
     z = deq_fixed_point(cell, 0.5, X)
     pair = deq_fixed_point(cell, 0.5, X, return_stats=True)
@@ -227,6 +232,7 @@ def test_python_numbers_and_numpy_arrays_are_taken():
 @pytest.mark.museum(
     "torchdeq T9: some solver options could not be set, and tol and max_iter of one call raised"
 )
+@pytest.mark.slow
 def test_gradient_policy_limits_reach_the_backward_solve():
     def report(gradient):
         def loss(probe):
@@ -241,6 +247,7 @@ def test_gradient_policy_limits_reach_the_backward_solve():
     assert report(Implicit()).evaluations > 1
 
 
+@pytest.mark.slow
 def test_import_is_light():
     """Neither Flax nor TFDS nor matplotlib, and nothing of the top level missing."""
     script = (

@@ -31,6 +31,7 @@ def starts_of(*values):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_the_votes_and_the_residuals():
     x = jnp.asarray([[0.0], [0.1]])
     # The first sample: two starts go up, one down, one rests at 0. The second: one up, three down.
@@ -64,6 +65,7 @@ def test_a_start_that_fails_is_not_chosen_and_hurts_no_other():
 
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_chosen_solution(batched):
     x, gain = jnp.asarray([[0.2], [-0.1]]), 2.0
     starts = starts_of(0.05, -1.0, 1.0)
@@ -88,6 +90,7 @@ def test_the_gradient_is_that_of_the_chosen_solution(batched):
     assert found.stats.evaluations > 1
 
 
+@pytest.mark.slow
 def test_a_search_that_ended_too_early_goes_on_from_its_best():
     x = jnp.asarray([[0.2], [0.3]])
     solver = Anderson(tol=1e-5, max_iter=4)

@@ -1,6 +1,7 @@
 """docs/museum.md and the marks on the tests agree: every row has its tests, every mark its row."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,7 @@ def rows():
     return [Row(*line.strip("| ").split(" | ")) for line in table.splitlines()]
 
 
+@functools.cache
 def marks():
     """Text, file and name of every test that has the mark `museum`."""
     found = []

@@ -75,6 +75,7 @@ def test_specs_of_named_axes(names, rules, shape, expected):
         assert partition_spec(names, mesh, rules, shape) == expected
 
 
+@pytest.mark.slow
 def test_a_transformer_by_tensor_and_fsdp():
     model = MODELS["text"]()
     tensor = {
@@ -123,6 +124,7 @@ def test_heads_that_cannot_be_divided_stay_whole():
     assert by_path(partition_specs(cell, mesh, RULES["tensor"])) == expected
 
 
+@pytest.mark.slow
 def test_convolutions_and_plain_cells():
     cell = MODELS["residual"]()
     tensor = by_path(partition_specs(cell, MESH, RULES["tensor"]))
@@ -143,6 +145,7 @@ def test_convolutions_and_plain_cells():
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.slow
 def test_models_are_made_under_any_mesh(name, axis_type):
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(axis_type,) * 2)
     expected = jax.tree.leaves(nnx.state(MODELS[name](), nnx.Param))
@@ -201,6 +204,7 @@ def test_states_are_placed_in_one_line(axis_type):
     assert embedding.addressable_shards[0].data.shape == (5, 2)
 
 
+@pytest.mark.slow
 def test_layers_with_normalised_and_named_kernels():
     x = jnp.ones((2, 3, D))
     for normalization in (WeightNorm(), SpectralNorm(scale=None, learn_scale=True)):
@@ -219,6 +223,7 @@ def test_layers_with_normalised_and_named_kernels():
             assert shapes["expand/kernel"] == (2, HIDDEN)
 
 
+@pytest.mark.slow
 def test_a_linen_layer_around_a_named_cell():
     cell = nnx.bridge.to_linen(FeedForwardCell, 4, 4)
     layer, x = linen.DEQ(cell=cell, inject=False, normalization=WeightNorm()), jnp.ones((2, 4))

@@ -26,6 +26,7 @@ def example(word):
 
 
 @pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.slow
 def test_pure_function():
     names = example('params["u"]')
     z, f, params, x = (names[name] for name in ("z", "f", "params", "x"))
@@ -43,6 +44,7 @@ def test_pure_function():
 
 
 @pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.slow
 def test_nnx_layer():
     names = example("class Classifier")
     assert names["logits"].shape == (4, 10)
@@ -57,6 +59,7 @@ def test_linen_layer():
 
 
 @pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.slow
 def test_backward_probe(capsys):
     names = example("BackwardProbe.zeros")
     assert names["report"].residual.shape == (4,)
@@ -126,6 +129,7 @@ def test_the_guide_to_sequences_runs():
 
 
 @pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.slow
 def test_the_guide_to_loops_runs():
     guide = (ROOT / "docs" / "loops.md").read_text(encoding="utf-8")
     depth, noise, hand = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)

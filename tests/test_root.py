@@ -117,6 +117,7 @@ def test_all_modes_against_the_cube_root():
     np.testing.assert_allclose(jax.jit(jax.hessian(root))(2.0), derivatives[2], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_for_a_fixed_point_it_is_deq_fixed_point():
     """F = z - g(z) with a small slope of g, in any unit: the steps are those of g."""
     g = lambda w, z, x: jnp.tanh(w * z) + x  # noqa: E731
@@ -132,6 +133,7 @@ def test_for_a_fixed_point_it_is_deq_fixed_point():
     np.testing.assert_allclose(got[0], expected[0], rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_the_residual_estimates_the_error():
     """Within the condition number of F; it is ‖s F‖ / ‖z - s F‖ with a power of two s."""
     z, stats = solve(params(), X, NewtonKrylov(tol=1e-3, max_iter=50))
@@ -147,6 +149,7 @@ def test_the_residual_estimates_the_error():
     assert np.any(ratios, axis=0).all()
 
 
+@pytest.mark.slow
 def test_a_sample_does_not_depend_on_its_batch_mates():
     alone = solve(params(), X[2:3], NEWTON)
     among = solve(params(), X, NEWTON)
@@ -159,6 +162,7 @@ def test_a_sample_does_not_depend_on_its_batch_mates():
     np.testing.assert_allclose(with_bad[0][1:], ROOTS[1:], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_root_of_zero_needs_atol():
     F = lambda p, z, x: z + 0.1 * jnp.sin(z)  # noqa: E731
     z0 = jnp.ones((1, 3))
@@ -171,6 +175,7 @@ def test_a_root_of_zero_needs_atol():
         assert (np.linalg.norm(z) < 2e-9) == converged
 
 
+@pytest.mark.slow
 def test_one_system():
     """With `batched=False` a tree is one system, complex leaves included; scalars give a probe."""
 
@@ -200,6 +205,7 @@ def test_one_system():
     np.testing.assert_allclose(derivative, u_p * (1 + (v_u * (1 - 2j)).real), rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_kinks_by_broyden():
     F = lambda p, z, x: jnp.maximum(z, 3 * z) - x  # noqa: E731
     x = jnp.array([[6.0, -2.0], [1.5, -0.1]])
@@ -208,6 +214,7 @@ def test_kinks_by_broyden():
     np.testing.assert_allclose(z, jnp.where(x > 0, x / 3, x), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_step_of_the_root_form():
     """`OneStep` is -s ∂F/∂c, with a power of two s for each sample."""
     root = lambda c: deq_root(F, {**params(), "c": c}, X, solver=NEWTON, gradient=OneStep())  # noqa: E731
@@ -249,6 +256,7 @@ def test_on_a_mesh_with_explicit_axes():
     check_gradient(*jax.tree.map(np.asarray, (value, gradients)))
 
 
+@pytest.mark.slow
 def test_half_precision_cells():
     z, stats = deq_root(
         F,

@@ -79,6 +79,7 @@ def dense(params, x, cotangent):
     "of a sharded batch"
 )
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.slow
 def test_shard_map_values_and_stats(solver):
     params, x = make_params(), normal(8, 3) * jnp.linspace(0.1, 3, 8)[:, None]
 
@@ -106,6 +107,7 @@ def test_shard_map_values_and_stats(solver):
 )
 @pytest.mark.parametrize("grad", ["inside", "outside"])
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.slow
 def test_shard_map_gradients(solver, grad):
     params, x, cotangent = make_params(), normal(8, 3), normal(8, 3, seed=2)
     in_specs = P(), P("data"), P("data")
@@ -164,6 +166,7 @@ def _one_equation_a_shard(params, x):
         _one_equation_a_shard,
     ],
 )
+@pytest.mark.slow
 def test_shard_map_of_a_state_that_varies_less_than_f(local):
     params, x, cotangent = make_params(), normal(8, 3), normal(8, 3, seed=2)
 
@@ -178,6 +181,7 @@ def test_shard_map_of_a_state_that_varies_less_than_f(local):
     assert relative_error(gradients, expected) < 1e-9
 
 
+@pytest.mark.slow
 def test_shard_map_over_models():
     models, x, cotangent = [make_params(seed) for seed in range(4)], normal(2, 3), normal(2, 3)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
@@ -197,6 +201,7 @@ def test_shard_map_over_models():
     assert relative_error(by_x, sum(by_x for _, by_x in expected)) < 1e-10
 
 
+@pytest.mark.slow
 def test_shard_map_of_the_backward_solve():
     params, x, cotangent = make_params(), normal(8, 3), normal(8, 3, seed=2)
     solver = SOLVERS["anderson"]
@@ -234,6 +239,7 @@ def test_shard_map_of_the_backward_solve():
     "of a sharded batch"
 )
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.slow
 def test_jit_over_a_sharded_batch(solver):
     params, x, cotangent = make_params(), normal(8, 3), normal(8, 3, seed=2)
     devices = mesh()
@@ -263,6 +269,7 @@ def test_jit_over_a_sharded_batch(solver):
 
 
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.slow
 def test_shard_map_of_an_f_that_communicates(solver):
     """Every device makes as many trips as the slowest, or an all-reduce would wait for ever."""
     x = normal(8, 3) * jnp.linspace(0.01, 3, 8)[:, None]

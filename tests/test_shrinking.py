@@ -217,6 +217,7 @@ def test_the_cost_follows_the_mean_number_of_evaluations():
     assert gradient(Execution(shrink_to=4)) == gradient(Execution())
 
 
+@pytest.mark.slow
 def test_transposed_products_shrink_too():
     """The backward product is counted inside f's own reverse rule."""
     params, x, cotangent = problem()
@@ -535,6 +536,7 @@ def test_dtypes_and_trees(dtype):
     assert by_w.dtype == leaf
 
 
+@pytest.mark.slow
 def test_one_array_as_params_and_as_x():
     """The same tracer in both places: once it is shared, once it is gathered."""
 
@@ -555,6 +557,7 @@ def test_one_array_as_params_and_as_x():
     both(lambda n, a: jax.grad(lambda a: (loss(n, a) ** 2).sum())(a), a)
 
 
+@pytest.mark.slow
 def test_on_the_spot():
     """f closes over arrays of a transformation, so that nothing can be kept for it."""
     w, x, _ = floats()
@@ -567,6 +570,7 @@ def test_on_the_spot():
     same(jax.grad(closing, 1)(4, w), jax.grad(closing, 1)(None, w), 1e-9)
 
 
+@pytest.mark.slow
 def test_keys_of_samples_and_of_all():
     def solve(shrink_to, key, x):
         def f(params, z, x):
@@ -621,6 +625,7 @@ def test_shard_map(solver, second):
     same(got, expected, 1e-8)
 
 
+@pytest.mark.slow
 def test_shard_map_of_arrays_that_vary_less_than_the_state():
     """x is the same on all devices, and so is the start; what f closes over is not."""
     w, x, _ = floats()
@@ -645,6 +650,7 @@ def test_shard_map_of_arrays_that_vary_less_than_the_state():
     same(got, expected, 1e-9)
 
 
+@pytest.mark.slow
 def test_an_f_that_communicates():
     def f(params, z, x):
         return 0.5 * jnp.tanh(z - jax.lax.pmean(z[:1], "data")) + x

@@ -124,6 +124,7 @@ def inputs(cell, batch=3, seed=1):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_all_ways_lead_to_the_dense_solution(x64, name):
     cell = cells.cell_of(name)
     x = inputs(cell)
@@ -147,6 +148,7 @@ def test_all_ways_lead_to_the_dense_solution(x64, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_gradients_are_those_of_the_implicit_function_theorem(x64, name):
     cell = cells.cell_of(name)
     layer = MonotoneDEQ(cell, splitting=PeacemanRachford(0.5), solver=EXACT)
@@ -188,6 +190,7 @@ def test_gradients_are_those_of_the_implicit_function_theorem(x64, name):
     np.testing.assert_allclose((x_bar * direction).sum(), expected, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_iterations_are_the_published_ones_forwards_and_backwards(x64):
     rng, alpha, count = np.random.default_rng(4), 0.8, 4
     w, c, g = random_w(rng), rng.normal(size=6), rng.normal(size=6)
@@ -264,6 +267,7 @@ def solve_and_pull_back(definition, state, x):
     return z, stats, probe
 
 
+@pytest.mark.slow
 def test_the_backward_solve_is_about_as_fast_as_the_forward_one():
     layer = dense_layer(solver=Picard(tol=1e-5, max_iter=300))
     x = jax.random.normal(jax.random.key(1), (16, 8))
@@ -273,6 +277,7 @@ def test_the_backward_solve_is_about_as_fast_as_the_forward_one():
     assert abs(int(probe.evaluations) - int(stats.evaluations)) <= 0.3 * int(stats.evaluations)
 
 
+@pytest.mark.slow
 def test_large_random_weights_converge(x64):
     solver = Picard(tol=1e-6, max_iter=20_000)
     x = jax.random.normal(jax.random.key(1), (4, 8))
@@ -283,6 +288,7 @@ def test_large_random_weights_converge(x64):
         assert (probe.status == int(Status.CONVERGED)).all(), (seed, probe)
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_their_batch():
     layer = dense_layer(solver=Picard(tol=1e-3, max_iter=300))
     call = jax.jit(lambda layer, x: layer(x, return_stats=True))
@@ -293,6 +299,7 @@ def test_samples_do_not_depend_on_their_batch():
     assert other_stats.iterations[0] == stats.iterations[0]
 
 
+@pytest.mark.slow
 def test_a_new_step_size_compiles_nothing_and_changes_no_solution():
     layer = dense_layer(solver=Picard(tol=1e-6, max_iter=2000))
     x = jax.random.normal(jax.random.key(3), (4, 8))
@@ -307,6 +314,7 @@ def test_a_new_step_size_compiles_nothing_and_changes_no_solution():
 
 
 @pytest.mark.parametrize("splitting", [PeacemanRachford(), ForwardBackward()])
+@pytest.mark.slow
 def test_the_step_size_is_tuned(splitting):
     layer = dense_layer(scale=3.0, splitting=splitting, solver=Picard(tol=1e-4, max_iter=100))
     x = jax.random.normal(jax.random.key(4), (4, 8))
@@ -340,6 +348,7 @@ def test_a_resolvent_at_hand_is_used():
     assert np.abs(wrong - layer(x)).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_starts_and_states_along_the_way_are_z():
     layer = dense_layer(solver=Picard(tol=1e-5, max_iter=200))
     x = jax.random.normal(jax.random.key(6), (3, 8))
@@ -358,6 +367,7 @@ def test_starts_and_states_along_the_way_are_z():
     np.testing.assert_allclose(*products, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_vmap_over_step_sizes():
     layer = dense_layer(solver=Picard(tol=1e-6, max_iter=500))
     definition, alpha, rest = nnx.split(layer, nnx.PathContains("alpha"), ...)
@@ -367,6 +377,7 @@ def test_vmap_over_step_sizes():
     np.testing.assert_allclose(z[0], z[1], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_another_backward_solver():
     layer = dense_layer(solver=Picard(tol=1e-7, max_iter=500))
     accelerated = dense_layer(

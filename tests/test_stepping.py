@@ -17,6 +17,7 @@ def cell(w, z, x):
     return jnp.tanh(z @ w + x)
 
 
+@pytest.mark.slow
 def test_evaluation_by_evaluation():
     solver = Anderson(tol=1e-6, max_iter=30)
     state = stepping.start(cell, W, X, solver=solver)
@@ -36,6 +37,7 @@ def test_evaluation_by_evaluation():
     assert not state.active.any()
 
 
+@pytest.mark.slow
 def test_several_evaluations_at_once_unbatched_with_a_budget_and_aux():
     def f(w, z, x, step):
         return cell(w, z, x), step

@@ -88,6 +88,7 @@ def test_gradient_is_the_dense_one(wrapper):
 
 
 @pytest.mark.parametrize("over", ["params", "x", "both"])
+@pytest.mark.slow
 def test_vmap(over):
     models = [make_params(seed) for seed in range(3)] if over != "x" else [make_params()] * 3
     inputs = [normal(2, 3, seed=s) * (s + 1) for s in range(3)] if over != "params" else (
@@ -113,6 +114,7 @@ def test_vmap(over):
         assert relative_error(jax.tree.map(lambda leaf: leaf[i], gradients), expected) < 1e-10
 
 
+@pytest.mark.slow
 def test_vmap_gradient_of_shared_params_is_the_sum():
     params, x, cotangent = make_params(), normal(3, 2, 3), normal(3, 2, 3, seed=2)
 
@@ -129,6 +131,7 @@ def test_vmap_gradient_of_shared_params_is_the_sum():
     [Implicit(GMRES(tol=1e-13)), Neumann(80), Unrolled()],
     ids=lambda policy: type(policy).__name__,
 )
+@pytest.mark.slow
 def test_vmap_over_a_named_axis_that_f_communicates_over(policy):
     """What is mapped over is coupled, so that all of it has to make as many trips."""
     matrix, x = 0.3 * normal(3, 3), normal(4, 2, 3, seed=2) * jnp.logspace(-2, 1, 4)[:, None, None]
@@ -154,6 +157,7 @@ def test_vmap_over_a_named_axis_that_f_communicates_over(policy):
     assert relative_error(got, expected) < 1e-9
 
 
+@pytest.mark.slow
 def test_probe_under_vmap_and_jit():
     params, x, cotangent = make_params(), normal(3, 2, 3), normal(2, 3, seed=2)
 
@@ -178,6 +182,7 @@ def recurrent(step, params, xs):
     return jax.lax.scan(advance, jnp.zeros(xs.shape[1:]), xs)[1]
 
 
+@pytest.mark.slow
 def test_scan_over_time_with_warm_start():
     params, xs, cotangent = make_params(), normal(5, 2, 3), normal(5, 2, 3, seed=2)
 
@@ -208,6 +213,7 @@ def test_warm_start_at_the_solution_ends_at_once():
     "torchdeq T8: two forward passes before one backward pass never returned, since both shared "
     "one hook"
 )
+@pytest.mark.slow
 def test_two_solves_before_one_backward_pass():
     params, first, second = make_params(), normal(2, 3), normal(2, 3, seed=2)
 
@@ -230,6 +236,7 @@ KEYS = {"typed": jax.random.key, "legacy": jax.random.PRNGKey}
 
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("kind", KEYS)
+@pytest.mark.slow
 def test_keys_integers_and_booleans_among_params_and_x(kind, jit):
     params, x, cotangent = make_params(), normal(4, 3), normal(4, 3, seed=2)
     extra = {"key": KEYS[kind](3), "shift": jnp.asarray(1), "flag": jnp.asarray(True)}
@@ -293,6 +300,7 @@ def test_closure_over_what_is_differentiated(jit):
 
 @pytest.mark.museum("torchdeq T2: second-order gradients were 170 % wrong without an exception")
 @pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.slow
 def test_gradient_of_gradient(jit):
     params, x, cotangent = make_params(), normal(2, 3), normal(2, 3, seed=2)
 
@@ -309,6 +317,7 @@ def test_gradient_of_gradient(jit):
 
 
 @pytest.mark.museum("google/jaxopt#606: a solver put a tracer of its own into a static value")
+@pytest.mark.slow
 def test_nothing_leaks():
     params, x, cotangent = make_params(), normal(2, 3), normal(2, 3, seed=2)
     expected = dense(params, x, cotangent)[1]

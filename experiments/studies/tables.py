@@ -87,16 +87,10 @@ class Study:
         Raises:
             ValueError: a part is shown nowhere.
         """
-        paths = [self.docs.parent / "README.md", *sorted(self.docs.glob("*.md"))]
-        pages = {path: path.read_text(encoding="utf-8") for path in paths if path.exists()}
-        changed = {}
+        pages, changed = self._texts(), {}
         for part, text in self.render(self.load()).items():
-            begin = re.compile(rf"<!-- begin {re.escape(f'{self.name}/{part}')}: .*-->\n")
-            end = f"<!-- end {self.name}/{part} -->"
-            shown = [path for path, page in pages.items() if begin.search(page)]
-            if not shown:
-                raise ValueError(f"no page has the line '<!-- begin {self.name}/{part}: ... -->'")
-            for path in shown:
+            begin, end = self._begin(part), f"<!-- end {self.name}/{part} -->"
+            for path in self._showing(part, pages):
                 found = begin.search(pages[path])
                 assert found is not None
                 before, after = pages[path][: found.end()], pages[path][found.end() :]
@@ -105,6 +99,19 @@ class Study:
                     raise ValueError(f"{path} has no line {end!r}")
                 pages[path] = changed[path] = f"{before}\n{text}\n\n{end}{rest}"
         return changed
+
+    def _texts(self) -> dict[pathlib.Path, str]:
+        paths = [self.docs.parent / "README.md", *sorted(self.docs.glob("*.md"))]
+        return {path: path.read_text(encoding="utf-8") for path in paths if path.exists()}
+
+    def _begin(self, part: str) -> re.Pattern[str]:
+        return re.compile(rf"<!-- begin {re.escape(f'{self.name}/{part}')}: .*-->\n")
+
+    def _showing(self, part: str, pages: dict[pathlib.Path, str]) -> list[pathlib.Path]:
+        shown = [path for path, page in pages.items() if self._begin(part).search(page)]
+        if not shown:
+            raise ValueError(f"no page has the line '<!-- begin {self.name}/{part}: ... -->'")
+        return shown
 
     def publish(self) -> None:
         """Renders the pages and draws the pictures, from the JSON file."""
@@ -126,6 +133,7 @@ class Study:
 
         Raises:
             SystemExit: a part is unknown.
+            ValueError: a part that is to be written is shown nowhere; before it is measured.
         """
         for name in config.parts:
             if name not in measures:
@@ -133,6 +141,10 @@ class Study:
         if config.render:
             self.publish()
             return
+        if config.write:
+            pages = self._texts()
+            for name in config.parts or measures:
+                self._showing(name, pages)
         for name in config.parts or measures:
             measured = {"context": context(self.name), **measures[name](config)}
             part = json.loads(json.dumps(measured))

@@ -126,6 +126,7 @@ def test_the_error_of_picard_stays_below_the_known_rate(activation):
     assert (rate < 1).all()
 
 
+@pytest.mark.slow
 def test_classifiers_count_and_project():
     def build(form):
         return PcDEQ(form=form, rngs=nnx.Rngs(0))
@@ -147,6 +148,7 @@ def test_classifiers_count_and_project():
 
 
 @pytest.mark.parametrize("form", ["dense", "conv"])
+@pytest.mark.slow
 def test_classifier_runs_and_has_gradients(form):
     model = PcDEQ(image_shape=(9, 8, 2), form=form, features=4, num_classes=3, rngs=nnx.Rngs(0))
     definition, params, rest = nnx.split(model, nnx.Param, ...)

@@ -60,6 +60,7 @@ def test_adjacency_matrix_is_that_of_the_definition(normalization, self_loops):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_edges_that_stand_there_twice_count_once():
     twice = np.concatenate([EDGES, EDGES[::-1], EDGES, [[2], [2]]], axis=1)
     found = Graph.from_edges(twice, NODES, dtype=float)
@@ -87,6 +88,7 @@ def test_a_graph_may_have_no_edges(normalization):
     np.testing.assert_array_equal(none.propagate(jnp.ones((3, 2))), 0)
 
 
+@pytest.mark.slow
 def test_a_matrix_made_by_hand_is_checked():
     matrix = graph("mean").matrix
     assert not Graph(matrix, symmetric=False).symmetric
@@ -146,6 +148,7 @@ def test_bad_edges_are_named(edges, options, message):
         Graph.from_edges(np.array(edges), 7, **options)
 
 
+@pytest.mark.slow
 def test_bad_states_and_options_are_named():
     with pytest.raises(ValueError, match=r"has 7 nodes, so z .* got \[6, 2\]"):
         Graph.from_edges(EDGES, NODES).propagate(jnp.ones((6, 2)))
@@ -293,6 +296,7 @@ def test_eignn_with_a_matrix_of_zeros_has_gradients_of_zeros():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_scales_show_the_errors_that_a_huge_node_hides():
     """The caveat of docs/graphs.md: node 0, without edges, is right after one evaluation."""
     features = np.abs(np.random.default_rng(0).normal(size=(5, 4)))
@@ -332,6 +336,7 @@ def drawn_params(cell, largest, seed=0):
 
 
 @pytest.mark.parametrize("name", ["ignn", "eignn"])
+@pytest.mark.slow
 def test_picard_converges_for_random_weights_on_directed_graphs(name):
     """On symmetric ones see tests/stability/test_guarantees.py."""
     cell = CELLS[name](WIDTH, rngs=nnx.Rngs(0))
@@ -394,6 +399,7 @@ def test_the_monotone_cell_contracts_at_the_rate_that_it_says():
     assert (np.abs(np.linalg.eigvals(weights)).max(-1) > 1).mean() > 0.5
 
 
+@pytest.mark.slow
 def test_the_library_measures_the_bound():
     cell = IGNNCell(WIDTH, rngs=nnx.Rngs(1))
     layer = DEQ(cell, solver=Picard(tol=1e-5, max_iter=1000))

@@ -114,6 +114,7 @@ def apply(definition, state, z, injection):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_products_are_those_of_the_matrices(x64, name):
     cell = cell_of(name)
     w = matrix_of(parameters(cell), cell)
@@ -219,6 +220,7 @@ def test_transforms_are_those_of_numpy(x64, grid):
 
 
 @pytest.mark.parametrize("grid", [(4, 6), (6, 4), (2, 2)])
+@pytest.mark.slow
 def test_folding_is_sampling_and_unfolding_inserts_zeros(x64, grid):
     z = np.random.default_rng(7).normal(size=(2, *grid, 3))
     every_second, sparse = z[:, ::2, ::2], np.zeros_like(z)

@@ -98,6 +98,7 @@ def test_cell_is_the_formula(x64, channels, options):
         assert relative_error(leaf, reference) < 1e-10
 
 
+@pytest.mark.slow
 def test_values_and_gradients_of_the_equilibrium(x64):
     """With weight normalisation, against dense solves."""
     rng = np.random.default_rng(1)
@@ -156,6 +157,7 @@ def test_values_and_gradients_of_the_equilibrium(x64):
     assert relative_error(got, by_weights) < 1e-8
 
 
+@pytest.mark.slow
 def test_one_dropout_mask_for_a_solve():
     lipschitz = Lipschitz(kernel_norm=1.5)
     cell = make((4, 4), param_dtype=jnp.float32, dropout=0.5, lipschitz=lipschitz)
@@ -210,6 +212,7 @@ def projector(cell, size):
     return project
 
 
+@pytest.mark.slow
 def test_bound_holds_for_projected_random_weights(x64):
     rng = np.random.default_rng(4)
     cell = make((2, 2, 4), dropout=0.3, lipschitz=Lipschitz())
@@ -225,6 +228,7 @@ def test_bound_holds_for_projected_random_weights(x64):
     assert max(largest) > 0.05  # the bound says something
 
 
+@pytest.mark.slow
 def test_bound_is_attained(x64):
     """Each part of J has the norm that L gives it, where all activations are open.
 
@@ -258,6 +262,7 @@ def test_bound_is_attained(x64):
     np.testing.assert_allclose(bound, np.linalg.norm(expected, 2), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_projection_of_matrices_guarantees_nothing(x64):
     """Smooth kernels: a matrix of norm 2, a convolution of almost 6."""
     cells = {

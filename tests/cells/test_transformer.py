@@ -184,6 +184,7 @@ def test_the_cell_is_the_formula(options, memory, x64):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("options", [{}, MODERN])
+@pytest.mark.slow
 def test_lower_precision(dtype, options):
     cell = make(0.4, dtype=dtype, **options)
     x, z = sequence(memory=2, dtype=dtype), normal(B, L, D, seed=3, dtype=dtype)
@@ -240,6 +241,7 @@ def test_rotated_products_depend_on_differences():
 
 
 @pytest.mark.parametrize("options", [{}, MODERN, {"window": 2}])
+@pytest.mark.slow
 def test_the_future_and_what_is_outside_never_count(options):
     cell, x = make(0.6, dtype=jnp.float32, **options), sequence(6, 3, dtype=jnp.float32)
     z = normal(B, 6, D, seed=3, dtype=jnp.float32)
@@ -260,6 +262,7 @@ def test_the_future_and_what_is_outside_never_count(options):
 
 
 @pytest.mark.parametrize("options", [{}, {"norm_order": "pre", "window": 3}, MODERN])
+@pytest.mark.slow
 def test_segments_and_tokens_are_the_whole(options, x64):
     cell, x = make(**options), sequence(6)
     layer = DEQ(cell, solver=SOLVER)
@@ -289,6 +292,7 @@ def test_segments_and_tokens_are_the_whole(options, x64):
     assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_extended_memory_by_its_definition():
     x, y = sequence(2, 3, dtype=jnp.float32).memory, sequence(2, 2, 9, dtype=jnp.float32).memory
     for size in (1, 4, 5, 7):
@@ -312,6 +316,7 @@ def test_extended_memory_by_its_definition():
 
 
 @pytest.mark.parametrize("options", [{}, MODERN])
+@pytest.mark.slow
 def test_dropout_has_one_mask_a_solve(options, x64):
     cell, x = make(dropout=0.4, attention_dropout=0.3, **options), sequence()
     layer = DEQ(cell, solver=SOLVER)
@@ -347,6 +352,7 @@ def test_dropout_has_one_mask_a_solve(options, x64):
 
 
 @pytest.mark.parametrize("options", [{}, MODERN])
+@pytest.mark.slow
 def test_weight_norm(options, x64):
     cell, x = make(**options), sequence(memory=2)
     layer = DEQ(cell, solver=Anderson(tol=1e-12, max_iter=200), normalization=WeightNorm())
@@ -398,6 +404,7 @@ def test_every_leaf_of_the_injection_has_the_batch(options):
     assert all(leaf.shape[0] == B for leaf in jax.tree.leaves(shapes))
 
 
+@pytest.mark.slow
 def test_samples_may_leave_the_solve():
     cell, x = make(dtype=jnp.float32), sequence(3, 2, dtype=jnp.float32)
     x = x._replace(memory=x.memory._replace(length=jnp.array([1, 2], jnp.int32)))
@@ -418,6 +425,7 @@ def test_half_precision_in_a_layer(options):
 
 
 @pytest.mark.parametrize("options", [{}, {"norm_order": "pre"}, MODERN])
+@pytest.mark.slow
 def test_the_default_start_is_easily_solved(options):
     cell = TransformerCell(32, 4, 64, **options, rngs=nnx.Rngs(0))
     x = normal(3, 16, 32, dtype=jnp.float32)
@@ -451,6 +459,7 @@ def test_bad_options_are_named(options, message):
         )
 
 
+@pytest.mark.slow
 def test_bad_arrays_are_named():
     cell, x = make(dtype=jnp.float32), sequence(memory=2, dtype=jnp.float32)
     state, embedding, _ = x.memory

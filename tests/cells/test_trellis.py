@@ -101,6 +101,7 @@ def test_lower_precision(dtype):
     assert relative_error(got, expected) < (1e-6 if dtype == jnp.float32 else 2e-2)
 
 
+@pytest.mark.slow
 def test_the_future_never_counts():
     cell, x, z = make(0.6, 3, 2, jnp.float32), segment(6, 4, jnp.float32), state(6, jnp.float32)
     old = evaluate(cell, z, x)
@@ -114,6 +115,7 @@ def test_the_future_never_counts():
 
 
 @pytest.mark.parametrize(("taps", "dilation"), [(2, 1), (3, 2)])
+@pytest.mark.slow
 def test_segments_are_the_whole(taps, dilation, x64):
     cell, x = make(0.4, taps, dilation), segment(7, (taps - 1) * dilation)
     layer = DEQ(cell, solver=SOLVER)
@@ -130,6 +132,7 @@ def test_segments_are_the_whole(taps, dilation, x64):
     assert relative_error(joined, whole) < 1e-9
 
 
+@pytest.mark.slow
 def test_dropout_has_one_mask_a_solve(x64):
     cell, x = make(dropout=0.5), segment(L, 1)
     layer = DEQ(cell, solver=SOLVER)
@@ -166,6 +169,7 @@ def test_weight_norm(x64):
     assert residual(cell, z, x) > 1e-2
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_implicit_function(x64):
     cell, x = make(0.5, 2, 2), segment(3, 2)
     layer, cotangent = DEQ(cell, solver=SOLVER), state(3)
@@ -194,6 +198,7 @@ def test_in_a_layer_in_half_precision_and_with_samples_that_leave():
     assert residual(cell, z, x) < 0.03
 
 
+@pytest.mark.slow
 def test_the_default_start_is_easily_solved():
     cell = TrellisCell(8, 32, rngs=nnx.Rngs(0))
     x = normal(3, 32, 8, dtype=jnp.float32)

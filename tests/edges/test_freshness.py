@@ -398,6 +398,7 @@ class Cell(nnx.Module):
     "torchdeq T12: a forgotten reset of the normalisation was an error in the second step"
 )
 @pytest.mark.parametrize("kind", ["method", "layer"])
+@pytest.mark.slow
 def test_training_and_evaluating_eagerly_between_the_steps(kind):
     model = Trained() if kind == "method" else deq_jax.nnx.DEQ(Cell(), solver=SOLVER)
     x, target = jnp.asarray(X), jnp.asarray(X[::-1].copy())
@@ -697,6 +698,7 @@ def test_clearing_jaxs_caches_makes_f_be_traced_anew():
 
 
 @pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.slow
 def test_a_tracer_that_is_an_argument_and_closed_over_is_not_kept(jit):
     kept = []
 

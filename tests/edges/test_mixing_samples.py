@@ -247,6 +247,7 @@ def test_the_evaluation_that_wakes_a_sample_is_counted_and_traced():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("problem", [line_graph, batch_norm, attention])
+@pytest.mark.slow
 def test_as_one_equation_values_and_gradients_are_right(problem):
     """The control: with `batched=False` the batch is one equation, and the gradient is exact."""
     f, in_numpy, params, x = problem()

@@ -146,6 +146,7 @@ def test_in_float32(name):
     [Anderson(tol=1e-10), Broyden(tol=1e-10), NewtonKrylov(tol=1e-10)],
     ids=lambda solver: type(solver).__name__,
 )
+@pytest.mark.slow
 def test_the_forward_solver_as_backward_solver(forward):
     """The default policy, `Implicit()`, with each solver."""
     (gradient, report), (z, stats) = gradient_and_report(forward, Implicit(), jnp.float64)
@@ -177,6 +178,7 @@ EXACT = Implicit(GroupInverse(GMRES(tol=1e-10)))
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_the_group_inverse_has_the_exact_gradient():
     forward = Picard(tol=1e-13, max_iter=2000)
     (gradient, report), _ = gradient_and_report(forward, EXACT, jnp.float64)

@@ -24,6 +24,7 @@ def of_inputs(inputs, z):
     return jnp.tanh(z @ w + x)
 
 
+@pytest.mark.slow
 def test_the_reference_is_that_of_dense_linear_algebra(problem):
     inputs = problem.params, problem.x
     z = newton_equilibrium(lambda z: of_inputs(inputs, z), jnp.zeros((3, 5)))
@@ -35,6 +36,7 @@ def test_the_reference_is_that_of_dense_linear_algebra(problem):
     assert accuracy.spectral_radius(problem) == pytest.approx(max(radius))
 
 
+@pytest.mark.slow
 def test_the_error_of_a_biased_gradient_is_its_bias(problem):
     found = accuracy.gradient_error(problem, Anderson(tol=1e-12), OneStep(), "float64")
     _, pullback = jax.vjp(lambda inputs: of_inputs(inputs, problem.z), (problem.params, problem.x))
@@ -60,6 +62,7 @@ def test_what_was_not_solved_stands_in_brackets(problem):
     assert table.splitlines()[-1] == "| Picard | `Implicit()` | 1e-09 | (2e-01) | 3 | - |"
 
 
+@pytest.mark.slow
 def test_half_precision_has_a_floor(problem):
     solver = Anderson(tol=0.0, max_iter=40, trace=True)
     single = accuracy.floor(problem, solver, accuracy.MODES["float32"])

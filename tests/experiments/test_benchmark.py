@@ -72,6 +72,7 @@ def test_problems_survive_saving(tmp_path):
     assert PROBLEMS["dense"].digest() != PROBLEMS["low_rank"].digest()
 
 
+@pytest.mark.slow
 def test_reference_of_an_equation_is_that_of_a_dense_solve():
     problem = PROBLEMS["dense"]
     params, x = double(problem.params), double(problem.x)
@@ -112,6 +113,7 @@ def loss_in_numpy(params, x):
     return (np.log(np.exp(logits).sum(1)) - chosen).mean()
 
 
+@pytest.mark.slow
 def test_reference_of_the_network_agrees_with_a_difference_quotient():
     problem = problems.network(batch=2, size=4, channels=8, inner=8, pool=2)
     params = double(problem.params)
@@ -290,6 +292,7 @@ def test_the_pictures_draw_the_medians_of_the_json():
     assert points[1] == [(1, pytest.approx(2.0))]  # what failed is a gap
 
 
+@pytest.mark.slow
 def test_prepared_products_are_those_of_the_cell(x64):
     problem = PROBLEMS["residual"]
     case = {"mode": "gradient", "time_cell": False, "time_products": True}

@@ -52,6 +52,7 @@ def _residuals(apply, z):
     return np.linalg.norm(difference, axis=1) / np.linalg.norm(fz.reshape(len(z), -1), axis=1)
 
 
+@pytest.mark.slow
 def test_the_ridges_are_counted_as_by_a_plain_loop(monkeypatch):
     kinds = {kind: convergence.KINDS[kind] for kind in (convergence.SLOW, "rotations 0.9")}
     monkeypatch.setattr(convergence, "KINDS", kinds)

@@ -78,6 +78,7 @@ def assert_same_batches(found, expected):
             np.testing.assert_array_equal(array, wanted)
 
 
+@pytest.mark.slow
 def test_digits_are_split_stratified_and_disjoint():
     dataset = load_images("digits")
     assert (dataset.train_size, dataset.evaluation_size) == (1438, 359)
@@ -184,6 +185,7 @@ def test_training_batches_by_hand(more):
         assert counts.all()
 
 
+@pytest.mark.slow
 def test_batches_on_demand_are_those_in_memory(opened):
     memory, on_demand = opened(), opened(**ON_DEMAND)
     for epoch in (0, 1):
@@ -395,6 +397,7 @@ def test_reads_mnist(shared_tfds):
     assert 25 < images.mean() < 42  # white on black; the mean of the whole set is 33.3
 
 
+@pytest.mark.slow
 def test_loads_a_subset_of_prepared_images(shared_tfds):
     dataset = load_images(
         "cifar10", data_dir=shared_tfds, train_examples=50, validation_fraction=0.001

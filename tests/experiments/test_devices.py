@@ -74,6 +74,7 @@ def test_two_devices_train_as_one_does(one_and_two):
         np.testing.assert_allclose(*residuals, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_two_devices_evaluate_each_example_once(one_and_two):
     """23 examples: the last batch is not full. 7: they are fewer than a batch, and odd."""
     for count in (23, 7):
@@ -90,6 +91,7 @@ def test_two_devices_evaluate_each_example_once(one_and_two):
         assert got[1] == pytest.approx(got[0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_devices_goes_on_bit_for_bit(one_and_two, tmp_path):
     _, (parts, state, _) = one_and_two
     batch = next(parts.batches(1))

@@ -111,6 +111,7 @@ COPIES += ["--data.test=7", "--batch-size=8", "--network.features=8", "--network
 COPIES += ["--solver.max-iter=8"]
 
 
+@pytest.mark.slow
 def test_copies_are_judged_by_the_symbols_asked_for():
     config = copy_memory.parse_arguments(COPIES)
     dataset, model = copy_memory.load(config, RunFolder("nowhere"))
@@ -143,6 +144,7 @@ def test_low_loss_is_not_that_of_a_diverged_solve():
         np.testing.assert_array_equal(examples.good(solves), good)
 
 
+@pytest.mark.slow
 def test_spectra_of_a_state_of_two_arrays():
     """A TrellisNet, whose state is the pair (h, c), against the dense Jacobian."""
     solver = Broyden(tol=1e-5, max_iter=60)

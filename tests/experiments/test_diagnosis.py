@@ -245,6 +245,7 @@ def test_spectra_are_those_of_the_dense_jacobian():
         assert distance.max() < 0.02 * expected
 
 
+@pytest.mark.slow
 def test_a_network_that_is_not_finite():
     model, examples, _ = network(3, scale=np.nan)
     looked_at = measure.Network(model, examples)

@@ -40,6 +40,7 @@ def test_networks_have_what_the_commands_use(name):
     assert model.core.solver.max_iter > 0
 
 
+@pytest.mark.slow
 def test_weights_stay_in_their_set(tmp_path, without_figures):
     """At a rate that would carry them out of it in the first step."""
     flags = ["--model=pcdeq1_dense", "solver:picard", "--optim.lr=0.01", *TINY]

@@ -47,6 +47,7 @@ def decoded(language_run):
     return go_on
 
 
+@pytest.mark.slow
 def test_the_most_probable_text(language_run, decoded, capsys):
     flags = [f"--run={language_run}", "--prompt=<b>", "--count=5", "--temperature=0"]
     assert script.main(flags) == 0
@@ -60,6 +61,7 @@ def test_the_most_probable_text(language_run, decoded, capsys):
     assert 0 <= float(said[2]) <= 100
 
 
+@pytest.mark.slow
 def test_a_long_prompt_is_read_as_far_as_the_network_knows(language_run, decoded, monkeypatch):
     """What is not seen in training, --data.length 8, is not looked at, but printed."""
     end = "/b> is 3"
@@ -78,6 +80,7 @@ def test_a_long_prompt_is_read_as_far_as_the_network_knows(language_run, decoded
     assert read == [((1, 8), 7)] * 2
 
 
+@pytest.mark.slow
 def test_samples_and_seeds(language_run, capsys):
     given = {"run": language_run, "prompt": "<b>", "count": 20, "samples": 2, "cache": 3}
     first = write(Arguments(**given))
@@ -93,6 +96,7 @@ def test_samples_and_seeds(language_run, capsys):
     assert set(shown.groups()).isdisjoint(first.texts)
 
 
+@pytest.mark.slow
 def test_one_token_of_the_most_probable_one(language_run, decoded):
     """There is nothing to draw, and nothing is solved but the prompt."""
     written = write(Arguments(language_run, "<b>", count=1, top_k=1, samples=2))
@@ -100,6 +104,7 @@ def test_one_token_of_the_most_probable_one(language_run, decoded):
     assert re.fullmatch(r"[\d.]+ tokens a second", written.summary())
 
 
+@pytest.mark.slow
 def test_words_by_a_control(tmp_path):
     (tmp_path / "text.txt").write_text(WORDS)
     flags = [f"--data.name={tmp_path / 'text.txt'}", "--data.level=words"]

@@ -107,6 +107,7 @@ TINY = ["--data.length=6", "--data.chains=5", "--network.features=4", "--run.no-
 
 
 @pytest.mark.parametrize("model", ["ignn", "gcn"])
+@pytest.mark.slow
 def test_two_epochs_of_training(model, tmp_path):
     folder = tmp_path / "run"
     flags = [*TINY, f"--model={model}", "--epochs=2", f"--run.dir={folder}"]
@@ -186,6 +187,7 @@ def test_the_report_on_a_run(tmp_path, monkeypatch):
     assert "choose a run with --model ignn, eignn, monotone" in refused.complaint
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits():
     base = PRESETS["chains"]
     network = dataclasses.replace(base.network, features=4, dropout=0.3)
@@ -200,6 +202,7 @@ def test_the_same_seed_gives_the_same_bits():
     assert any((one != other).any() for one, other in zip(first, third, strict=True))
 
 
+@pytest.mark.slow
 def test_trouble_is_reported(tmp_path, capsys):
     base, dataset = PRESETS["chains"], make_chains(chains=5, length=6)
     network = dataclasses.replace(base.network, features=4, dropout=0.3)
@@ -225,6 +228,7 @@ def test_trouble_is_reported(tmp_path, capsys):
     assert not config.network.normalize
 
 
+@pytest.mark.slow
 def test_depth_matters_on_chains():
     base, dataset = PRESETS["chains"], make_chains(chains=5, length=20)
     network = dataclasses.replace(base.network, features=4, kappa=0.99)

@@ -50,6 +50,7 @@ def test_learns_digits(tmp_path, without_figures):
     assert min(record["forward_converged"] for record in found) > 0.9
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(image_run):
     folder, lines = image_run.folder, image_run.ended.lines
     found = records(folder)
@@ -77,6 +78,7 @@ def test_what_a_run_leaves(image_run):
         assert events.read_bytes().count(name) == 2
 
 
+@pytest.mark.slow
 def test_the_evaluation_counts_each_example_once(image_run):
     """Against the formula, from logits of all 200 at once; the run's batches are of 128."""
     trained = read_run(image_run.folder)
@@ -110,6 +112,7 @@ def test_the_evaluation_counts_each_example_once(image_run):
     np.testing.assert_allclose(np.nanmin(traces["forward"], 0), stats.residual, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_residuals_of_a_learned_start_and_normalised_kernels():
     """Far from their bound, so that normalised kernels are others."""
     flags = ["stability:on", "--stability.start=learned", "stability.normalization:spectral"]
@@ -124,6 +127,7 @@ def test_residuals_of_a_learned_start_and_normalised_kernels():
     np.testing.assert_allclose(np.nanmin(traces["forward"], 0), stats.residual, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_by_its_parts():
     """Its loss, gradient, reports and update, from the network alone."""
     parts = Parts(script, *TINY)
@@ -172,6 +176,7 @@ def test_a_step_by_its_parts():
 
 
 @pytest.mark.parametrize("model", ["weight_tied", "explicit"])
+@pytest.mark.slow
 def test_controls_report_no_solver(model, tmp_path, without_figures):
     """Here with an evaluation every other epoch, and after the last."""
     flags = [f"--model={model}", "--depth=2", "--epochs=3", "--eval-every=2", "--data.train=50"]
@@ -188,6 +193,7 @@ def test_controls_report_no_solver(model, tmp_path, without_figures):
 
 
 @pytest.mark.parametrize("flags", [["solver:broyden", "--gradient.reuse"], ["gradient:phantom"]])
+@pytest.mark.slow
 def test_gradients_with_and_without_a_backward_report(flags, tmp_path, without_figures):
     flags = [*flags, "--epochs=1", "--data.train=20", f"--run.dir={tmp_path}"]
     ended = run(script, *TINY, *flags)
@@ -209,6 +215,7 @@ def test_batches_go_on_at_any_position():
     assert len({image.tobytes() for batch in whole for image in batch.inputs}) == 50
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_ends_the_run_and_is_not_saved(tmp_path, without_figures):
     flags = [*TINY, "--model=explicit", "--depth=1", "--optim.lr=1e30", "--run.save-every=1"]
     ended = run(script, *flags, f"--run.dir={tmp_path}")

@@ -111,6 +111,7 @@ def test_bits_per_character_of_characters(parts):
 
 
 @pytest.mark.parametrize("model", ["weight_tied", "deq"])
+@pytest.mark.slow
 def test_memory_makes_segments_one_long_sequence(model, parts):
     """Evaluated in segments of 8 with all before them in memory, or each row at once."""
     flags = [f"--model={model}", "--depth=3", "--network.memory=64", "--eval-batch-size=2"]

@@ -17,7 +17,7 @@ from experiments.studies import (
     reversible,
     traffic,
 )
-from experiments.studies.tables import DOCS, ROOT, Study, as_json
+from experiments.studies.tables import DOCS, ROOT, Command, Study, as_json
 
 _MODULES = (
     accuracy,
@@ -193,6 +193,12 @@ def test_a_part_without_a_place_is_an_error(study):
     page.write_text("<!-- begin small/nowhere: written by `x` -->\n")
     with pytest.raises(ValueError, match=r"page\.md has no line '<!-- end small/nowhere -->'"):
         study.pages()
+
+
+def test_a_part_without_a_place_is_not_measured(study):
+    command = Command(parts=("nowhere",), write=True)
+    with pytest.raises(ValueError, match="begin small/nowhere"):
+        study.run(command, {"nowhere": lambda _: pytest.fail("measured")})
 
 
 def test_lists_stand_on_one_line():

@@ -149,6 +149,7 @@ def test_a_stop_at_any_boundary_loses_nothing(tmp_path, parts, ends_as, monkeypa
     ends_as(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stop_before_the_evaluation_does_it_later(tmp_path, parts, monkeypatch):
     flags = [*TINY, "--epochs=1", "--data.train=20", "--data.eval=200", f"--run.dir={tmp_path}"]
     for questions, position in ((0, 0), (2, 2), (1, 2)):
@@ -202,6 +203,7 @@ def lose_progress(checkpoint):
 
 
 @pytest.mark.parametrize("damage", [truncate, garble, lose_arrays, lose_progress])
+@pytest.mark.slow
 def test_the_checkpoint_before_a_damaged_one_is_used(damage, unfinished, ends_as, image_run):
     damage(unfinished / "checkpoints" / "1")
     ended = run(script, *TINY, f"--run.dir={unfinished}")
@@ -315,6 +317,7 @@ def test_other_data_are_refused(unfinished, monkeypatch):
     assert "--run.fresh" in ended.complaint
 
 
+@pytest.mark.slow
 def test_a_fresh_start_deletes_the_run_and_nothing_else(unfinished, ends_as):
     (unfinished / "notes.txt").write_text("mine")
     ended = run(script, *TINY, "--run.fresh", "--run.save-every=7", f"--run.dir={unfinished}")
@@ -328,6 +331,7 @@ def test_a_fresh_start_deletes_the_run_and_nothing_else(unfinished, ends_as):
     ends_as(unfinished)
 
 
+@pytest.mark.slow
 def test_a_corrected_flag_does_not_meet_the_refused_one(tmp_path, ends_as):
     assert run(script, *TINY, "--batch-size=201", f"--run.dir={tmp_path}").code == 2
     assert run(script, *TINY, f"--run.dir={tmp_path}").code == 0
@@ -365,6 +369,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, settings):
 
 
 @pytest.mark.parametrize("promised", [19, 21])
+@pytest.mark.slow
 def test_an_epoch_of_another_length_than_promised_is_an_error(tmp_path, monkeypatch, promised):
     """Data of one's own whose `steps_per_epoch` is wrong; it has 20."""
     batches = ImageDataset.train_batches
@@ -393,6 +398,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written(number, unfinished, ends_as, monkeypatch):
     """In the middle of a run: its metrics, once the second epoch is done and saved."""
     shutil.rmtree(unfinished / "checkpoints" / "1")
@@ -416,6 +422,7 @@ def test_a_file_that_cannot_be_written(number, unfinished, ends_as, monkeypatch)
     ends_as(unfinished)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written(unfinished, ends_as, monkeypatch):
     """A full disk, as Orbax meets it: here a limit on the size of a file."""
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # given back after the test

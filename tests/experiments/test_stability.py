@@ -153,6 +153,7 @@ def test_the_loss_is_its_parts():
     assert state.totals["forward.iterations"] == stats.iterations.sum()
 
 
+@pytest.mark.slow
 def test_the_jacobian_penalty_is_an_estimate_of_the_dense_one():
     """Its mean over many steps, against the Jacobian written out, of a cell of few unknowns."""
     flags = ["stability:on", "--stability.jacobian.weight=1", "--network.channels=2"]
@@ -185,6 +186,7 @@ def test_the_jacobian_penalty_is_an_estimate_of_the_dense_one():
     assert abs(draws.mean() - np.mean(norms)) < 4 * error
 
 
+@pytest.mark.slow
 def test_a_learned_start_learns_from_its_distance_alone():
     """Without that term the initialiser's gradient is zero; with it all others stay the same."""
     parts = Parts(script, *TINY, "stability:on", "--stability.start=learned")

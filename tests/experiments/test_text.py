@@ -73,6 +73,7 @@ def test_tiny_shakespeare_is_cut_as_everybody_cuts_it(shakespeare):
     assert dataset.train[:13].tolist() == [18, 47, 56, 57, 58, 1, 15, 47, 58, 47, 64, 43, 52]
 
 
+@pytest.mark.slow
 def test_words_of_tiny_shakespeare(shakespeare):
     dataset = load_text(**shakespeare, level="words", vocabulary_size=5000)
     assert len(dataset.vocabulary) == 5000

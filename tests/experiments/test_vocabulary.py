@@ -74,6 +74,7 @@ def test_words_against_a_loop(text):
 
 
 @given(st.text(max_size=40))
+@pytest.mark.slow
 def test_characters_are_sorted_and_come_back(text):
     vocabulary = Vocabulary.build(text, "characters")
     assert list(vocabulary.symbols) == sorted(collections.Counter(text))
@@ -237,6 +238,7 @@ WHOLE = re.compile(r"<unk>|@[-,.]@|'?\w+(['\u2019-]\w+)*|[^\w\s]")
 """A token of WikiText that is a word, a mark or a sign of this module too."""
 
 
+@pytest.mark.slow
 def test_wikitext_is_cut_as_its_authors_cut_it_where_the_rules_are_the_same(shared_tfds):
     text = (shared_tfds.parent / "wikitext2" / "valid.txt").read_text(encoding="utf-8")
     lines = [[*line.split(" "), "<eos>"] for line in text.splitlines()]

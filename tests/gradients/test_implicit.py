@@ -118,6 +118,7 @@ def test_pytrees_params_inputs_and_closures(seed, batched, backward):
     "locuslab/deq#11: users had to run gradcheck themselves to see which of two backward passes "
     "was right"
 )
+@pytest.mark.slow
 def test_finite_differences():
     matrix, x, y = normal(6, 6, scale=0.25), normal(3, 6, seed=1), normal(3, 6, seed=2)
 
@@ -133,6 +134,7 @@ def test_finite_differences():
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_everything_against_an_unrolled_loop():
     matrix, bias, x = normal(5, 5, scale=0.25), normal(5, seed=1), normal(3, 5, seed=2)
 
@@ -160,6 +162,7 @@ def test_second_derivatives_of_everything_against_an_unrolled_loop():
 
 
 @pytest.mark.museum("locuslab/deq#25: derivatives of second and higher order could not be had")
+@pytest.mark.slow
 def test_third_derivative_in_closed_form():
     """z = a z + x has z* = x / (1 - a), so d³z/da³ = 6 x / (1 - a)⁴."""
 
@@ -174,6 +177,7 @@ def test_third_derivative_in_closed_form():
     "akbir/deq-jax: with w = -2, b = 1 its closed-form test expects -2/3, which is right for an "
     "input added to z but was given to the start"
 )
+@pytest.mark.slow
 def test_closed_form_of_a_relu_equilibrium():
     """z = relu(w z + b) with w = -2, b = 1: z* = b / (1 - w) = 1/3; dz/dw = z / (1 - w) = 1/9."""
 
@@ -186,6 +190,7 @@ def test_closed_form_of_a_relu_equilibrium():
 
 
 @pytest.mark.parametrize("radius", [0.5, 1.59])
+@pytest.mark.slow
 def test_spectral_radius_above_one(radius):
     """Anderson finds u where iterating the transposed product diverges."""
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0]
@@ -229,6 +234,7 @@ def test_the_backward_solve_is_relative_to_the_cotangent(scale):
     "writer"
 )
 @pytest.mark.parametrize("budget", [300, 3])
+@pytest.mark.slow
 def test_the_probe_reports_what_the_backward_solve_reached(budget):
     matrix, x, y = normal(6, 6, scale=0.25), normal(3, 6, seed=1), normal(3, 6, seed=2)
     policy = Implicit(Anderson(tol=1e-7), max_iter=budget)
@@ -258,6 +264,7 @@ def test_the_probe_reports_what_the_backward_solve_reached(budget):
         assert (report.residual <= 1e-7).all()
 
 
+@pytest.mark.slow
 def test_the_probe_of_an_unbatched_solve_and_under_vmap():
     matrix, x = normal(6, 6, scale=0.25), normal(4, 6, seed=1)
 
@@ -275,6 +282,7 @@ def test_the_probe_of_an_unbatched_solve_and_under_vmap():
     assert len(set(np.asarray(reports.iterations).tolist())) > 1
 
 
+@pytest.mark.slow
 def test_a_zero_cotangent_returns_zero_at_once_and_alone():
     matrix, x = normal(6, 6, scale=0.25), normal(3, 6, seed=1)
     weights = jnp.array([1.0, 0.0, 2.0])
@@ -291,6 +299,7 @@ def test_a_zero_cotangent_returns_zero_at_once_and_alone():
     assert (report.iterations[jnp.array([0, 2])] > 3).all()
 
 
+@pytest.mark.slow
 def test_a_diverged_sample_does_not_touch_the_gradients_of_the_others():
     matrix, x = normal(6, 6, scale=0.25), normal(3, 6, seed=1)
 
@@ -316,6 +325,7 @@ def test_the_start_has_no_gradient():
     np.testing.assert_array_equal(by_start, 0)
 
 
+@pytest.mark.slow
 def test_temporary_memory_does_not_depend_on_the_iterations():
     matrix, x = normal(64, 64, scale=0.05), normal(8, 64, seed=1)
 

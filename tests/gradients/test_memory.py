@@ -61,6 +61,7 @@ def test_memory_does_not_depend_on_the_iterations(name):
     assert abs(many - few) <= 0.02 * few
 
 
+@pytest.mark.slow
 def test_memory_of_reversed_does_not_depend_on_the_iterations():
     few, many = (temporary_bytes(Reversible(components=2, max_iter=n), Reversed()) for n in (4, 64))
     # 64 evaluations need their residuals in addition, [64, 8].
@@ -77,6 +78,7 @@ def test_memory_of_unrolled_grows_with_the_root_of_the_iterations():
     assert many > 2 * temporary_bytes(Picard(max_iter=40), OneStep())
 
 
+@pytest.mark.slow
 def test_memory_of_a_sample_with_gmres():
     """State of 3000 numbers: a dense Jacobian would be 36 MB."""
     batch = 8

@@ -153,6 +153,7 @@ def points():
 
 
 @pytest.mark.museum("DEQ.jl: tests looked at gradients for being finite and no further")
+@pytest.mark.slow
 def test_one_step_is_one_tracked_call():
     params, x, y, places = points()
     for z in places.values():
@@ -332,6 +333,7 @@ def test_float32(name):
 
 @pytest.mark.museum("JAX, while_loop: a while_loop cannot be differentiated in reverse")
 @pytest.mark.parametrize("steps", [None, 6])
+@pytest.mark.slow
 def test_unrolled_is_backpropagation_through_the_evaluations(steps):
     params, x, y = problem()
     solver = Picard(damping=0.7, tol=0.0, max_iter=6 if steps is None else 50)
@@ -348,6 +350,7 @@ def test_unrolled_is_backpropagation_through_the_evaluations(steps):
     assert relative_error(got, expected) < 1e-14
 
 
+@pytest.mark.slow
 def test_unrolled_differentiates_the_best_iterate_of_each_sample():
     """A rotation that grows: residuals rise again, at another evaluation for each sample."""
     turn = 1.2 * jnp.array([[0.0, -1.0], [1.0, 0.0]])
@@ -394,6 +397,7 @@ UNROLLED = {
 
 
 @pytest.mark.parametrize("name", UNROLLED)
+@pytest.mark.slow
 def test_unrolled_is_the_derivative_of_what_was_computed(name):
     """Finite differences of an unconverged solve: the solver's own small systems count."""
     params, x, y = problem()
@@ -478,6 +482,7 @@ def numpy_broyden(f, z, evaluations):
     return inverse, z
 
 
+@pytest.mark.slow
 def test_shine_shares_the_forward_estimate():
     params, x, y = problem()
     # No sample stops before the sixth evaluation, so that there is no question which B is meant.
@@ -491,6 +496,7 @@ def test_shine_shares_the_forward_estimate():
     assert relative_error(got, pulled_back(params, x, z, y)) > 0.05
 
 
+@pytest.mark.slow
 def test_refinement_of_shine():
     params, x, y = problem(2)
     expected = reference("SHINE", params, x, solution(params, x), y)
@@ -508,6 +514,7 @@ def test_refinement_of_shine():
 
 
 @pytest.mark.parametrize("backward", [GMRES(tol=1e-13), Anderson(tol=1e-13, max_iter=1)], ids=repr)
+@pytest.mark.slow
 def test_any_backward_solver_starts_from_the_estimate(backward):
     params, x, y = problem()
 
@@ -586,6 +593,7 @@ def test_policies_are_hashable_and_compare_by_value():
     assert len({Neumann(3), Neumann(3), Neumann(4), Phantom(3), OneStep(), OneStep()}) == 4
 
 
+@pytest.mark.slow
 def test_phantom_says_that_it_has_first_derivatives_only():
     params, x, y = problem()
 

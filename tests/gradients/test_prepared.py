@@ -260,6 +260,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.slow
 def test_cells_with_params_of_their_own(name):
     with jax.numpy_dtype_promotion("standard"):  # Flax's normalisations need it in float64
         f, params = OTHERS[name]()

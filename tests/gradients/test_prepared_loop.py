@@ -260,6 +260,7 @@ def while_bodies(jaxpr):
             yield from while_bodies(inner)
 
 
+@pytest.mark.slow
 def test_loops_of_an_ordinary_cell_turn_no_kernel():
     with jax.numpy_dtype_promotion("standard"):
         cell = ResNetCell(4, 8, groups=2, rngs=nnx.Rngs(0))
@@ -308,6 +309,7 @@ def test_callbacks_run_once_an_evaluation(wrapper):
     assert calls == {"state": stats.evaluations, "kernel": stats.evaluations}
 
 
+@pytest.mark.slow
 def test_second_derivatives_through_convolutions():
     kernel, x, cotangent = 0.1 * normal(3, 3, 2, 2), normal(1, 4, 3, 2), normal(1, 4, 3, 2, seed=2)
 

@@ -190,6 +190,7 @@ def test_a_cotangent_that_is_not_finite_is_reported_and_stays_with_its_sample(na
 
 
 @pytest.mark.museum("JAX, custom_vjp: a failure in the backward pass has nowhere to go")
+@pytest.mark.slow
 def test_under_vmap_over_params():
     params, x, z, y = problem()
     stacked = jnp.stack([params, 0.3 * params, 0 * params])
@@ -226,6 +227,7 @@ def test_under_shard_map(solver):
     assert len(set(report.evaluations.tolist())) > 1
 
 
+@pytest.mark.slow
 def test_two_solves_with_a_probe_each():
     params, x, z, y = problem()
     policy = Implicit(BiCGStab(tol=1e-3))

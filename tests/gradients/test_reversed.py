@@ -92,6 +92,7 @@ def along_the_pair(beta, evaluations):
 
 @pytest.mark.parametrize("beta", [0.5, 1638 / 2048])
 @pytest.mark.parametrize("evaluations", [4, 16, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_gradient_is_that_of_all_iterates(beta, evaluations):
     """Float32 against float64: what is left is the rounding of f and of the sums."""
     params, x, y = single(problem())
@@ -127,6 +128,7 @@ def compare(solver, **options):
     return stats
 
 
+@pytest.mark.slow
 def test_the_start_is_exactly_where_it_was():
     """At zero ReLU has the derivative 0, a rounding error away from it 1."""
     params, x, y = single(problem())
@@ -145,6 +147,7 @@ def test_the_start_is_exactly_where_it_was():
     assert relative_error(got, expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_half_precision():
     """Samples stop while the next point is within a few units of rounding of the last one."""
     params, x, y = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), problem())
@@ -161,6 +164,7 @@ def test_half_precision():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_each_sample_is_differentiated_where_it_stopped():
     stats = compare(Reversible(0.8, tol=3e-3, max_iter=30))
     np.testing.assert_array_equal(stats.status, Status.CONVERGED)
@@ -201,6 +205,7 @@ def test_the_best_iterate_and_the_samples_on_the_way():
     assert relative_error(got, expected) < 1e-11
 
 
+@pytest.mark.slow
 def test_a_sample_that_is_not_finite_leaves_the_others_alone():
     params, x, y = single(problem())
     solver = Reversible(0.8, tol=1e-3, max_iter=15)

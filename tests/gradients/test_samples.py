@@ -204,6 +204,7 @@ def one_hot(x, slots):
     ],
     ids=["implicit at the end", "one step at the end"],
 )
+@pytest.mark.slow
 def test_every_state_has_its_own_policy(gradient, per_sample):
     """The last sample and the value are the same state here, with two policies."""
     params, x = problem()
@@ -222,6 +223,7 @@ def test_every_state_has_its_own_policy(gradient, per_sample):
         total = got if total is None else jax.tree.map(jnp.add, total, got)
 
 
+@pytest.mark.slow
 def test_one_policy_for_all_samples_and_the_default():
     params, x = problem()
     solver, _ = SOLVERS["Picard"]
@@ -241,6 +243,7 @@ def test_one_policy_for_all_samples_and_the_default():
     "samples' one-step gradient instead of the implicit one"
 )
 @pytest.mark.parametrize("solver", [Anderson(tol=1e-10), Broyden(tol=1e-10)], ids=repr)
+@pytest.mark.slow
 def test_the_policy_of_the_value_stays_with_it_when_the_solver_stops_early(solver):
     """In torchdeq it goes to the first sample; the value keeps a gradient of one step."""
     params, x = problem()
@@ -254,6 +257,7 @@ def test_the_policy_of_the_value_stays_with_it_when_the_solver_stops_early(solve
     assert relative_error(got, at_one_state(params, x, every[3], y, Neumann(1))) > 0.05
 
 
+@pytest.mark.slow
 def test_unrolled_samples_are_differentiated_through_their_evaluations():
     params, x = problem()
     solver = Picard(damping=0.9, tol=1e-2, max_iter=40)
@@ -298,6 +302,7 @@ def sum_of_states(params, x):
     return pulled(params, x, ones, gradient=OneStep(), **SMALL)
 
 
+@pytest.mark.slow
 def test_samples_under_vmap():
     params, x = problem()
     stacked = jnp.stack([params, 0.5 * params])

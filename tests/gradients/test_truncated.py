@@ -76,6 +76,7 @@ def test_forward_mode_and_second_derivatives():
         np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_memory_does_not_depend_on_the_applications():
     def temporaries(applications, steps):
         step = jax.jit(jax.grad(lambda p: loss(p, steps=steps, applications=applications)))

@@ -157,6 +157,7 @@ def test_damped_least_squares():
 
 
 @x64
+@pytest.mark.slow
 def test_the_group_inverse_of_a_system_that_is_not_symmetric():
     """By its definition: u in the range with `(I - A) u` the part of y in the range."""
     rng = np.random.default_rng(4)

@@ -76,6 +76,7 @@ def check(gradient, rtol=1e-5):
 @pytest.mark.parametrize(
     "solver", [GMRES(N, 1e-9, 400), BiCGStab(1e-9, 400)], ids=lambda solver: type(solver).__name__
 )
+@pytest.mark.slow
 def test_a_third_of_the_products_on_an_ill_conditioned_diagonal_problem(solver):
     """And the gradient goes to the params that the preconditioner closes over, not through it."""
     plain = gradient_and_report(lambda _: Implicit(solver))
@@ -87,6 +88,7 @@ def test_a_third_of_the_products_on_an_ill_conditioned_diagonal_problem(solver):
 @pytest.mark.parametrize(
     "solver", [GMRES(N, 1e-9, 400), Anderson(tol=1e-9)], ids=lambda solver: type(solver).__name__
 )
+@pytest.mark.slow
 def test_it_is_transposed_in_krylov_methods_and_solvers_of_fixed_points(solver):
     """The exact inverse, transposed, leaves nothing to iterate."""
     gradient = gradient_and_report(lambda d: Implicit(solver, preconditioner=inverse(d)))
@@ -95,6 +97,7 @@ def test_it_is_transposed_in_krylov_methods_and_solvers_of_fixed_points(solver):
     assert gradient[2].evaluations <= 4
 
 
+@pytest.mark.slow
 def test_a_useless_preconditioner_is_no_lie():
     """The residual that is reported is that of u, whatever the preconditioner is."""
     policy = Implicit(Picard(tol=1e-9, max_iter=30), preconditioner=lambda z, v: 0.01 * v)
@@ -109,6 +112,7 @@ def smooth(params, z, x):
     return params * jnp.tanh(z) + 0.02 * jnp.roll(z, 1, -1) + x
 
 
+@pytest.mark.slow
 def test_one_that_depends_on_the_state_serves_newton_and_all_derivatives():
     """J is known only where the solver is; a Hessian differentiates twice through the solve."""
     params, x = jnp.linspace(-8.0, 0.9, 6), jnp.asarray(X[:2, :6])

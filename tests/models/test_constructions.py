@@ -55,6 +55,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
 @pytest.mark.parametrize(
     ("network", "solver"), [(mlp, ANDERSON), (conv_net, PICARD)], ids=["mlp", "conv_net"]
 )
+@pytest.mark.slow
 def test_a_network_is_an_equilibrium(network, solver):
     layers, params, x = network()
     cell = stacked_layers(layers)
@@ -116,6 +117,7 @@ def test_the_jacobian_is_nilpotent():
     assert not np.linalg.matrix_power(jacobian, 3).any()
 
 
+@pytest.mark.slow
 def test_vmap_over_weights():
     layers, params, x = mlp()
     cell = stacked_layers(layers)
@@ -143,6 +145,7 @@ def test_a_layer_that_is_not_finite_at_zero():
 # Stacked equilibria.
 
 
+@pytest.mark.slow
 def test_two_equilibria_are_one():
     params, x, starts, (below, above) = stack()
     cell = compose(lower, upper)
@@ -260,6 +263,7 @@ def test_bad_shapes_in_recurrent_backpropagation(name):
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("number", range(4))
+@pytest.mark.slow
 def test_the_guide(number, capsys):
     with jax.enable_x64(False):
         exec(compile(BLOCKS[number], "docs/constructions.md", "exec"), {"__name__": "guide"})

@@ -126,6 +126,7 @@ def wide(array):
     return jnp.asarray(np.asarray(array), jnp.float64)
 
 
+@pytest.mark.slow
 def test_residual_cell_is_the_formula(x64):
     cell = randomise(ResNetCell(6, 10, groups=2, rngs=nnx.Rngs(0)), kernel_scale=0.5)
     z, x = images(2, (5, 4, 6)), images(2, (5, 4, 6), seed=1)
@@ -133,6 +134,7 @@ def test_residual_cell_is_the_formula(x64):
 
 
 @pytest.mark.parametrize("name", ["tied", "explicit"])
+@pytest.mark.slow
 def test_explicit_networks_are_the_formula(x64, name):
     model = randomise(NETWORKS[name](**SMALL))
     weights, batch = weights_of(model), images()
@@ -143,6 +145,7 @@ def test_explicit_networks_are_the_formula(x64, name):
     assert relative_error(model(batch), logits_formula(weights, z)) < 1e-5
 
 
+@pytest.mark.slow
 def test_deq_is_the_formula_at_its_equilibrium(x64):
     model = randomise(ConvDEQ(solver=Picard(tol=1e-6, max_iter=300), rngs=nnx.Rngs(0), **SMALL))
     weights, batch = weights_of(model), images()
@@ -171,6 +174,7 @@ def test_the_layer_solves_the_equation_to_its_tolerance(x64, tol):
     assert stats.evaluations > 2
 
 
+@pytest.mark.slow
 def test_tied_network_of_large_depth_approaches_the_deq():
     deq = randomise(ConvDEQ(solver=Anderson(tol=1e-6, max_iter=100), rngs=nnx.Rngs(0), **SMALL))
     expected = deq(images())  # in training mode: statistics of the batch
@@ -189,6 +193,7 @@ def test_tied_network_of_large_depth_approaches_the_deq():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.slow
 def test_gradients_and_batch_statistics(name):
     model, batch = randomise(NETWORKS[name](**SMALL)), images(5)
     labels = jnp.array([0, 1, 2, 0, 1])
@@ -220,6 +225,7 @@ def test_gradients_and_batch_statistics(name):
     assert np.abs(nnx.to_pure_dict(after)["norm_out"]["mean"]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_evaluation_uses_and_keeps_the_running_statistics():
     model, batch = randomise(ConvDEQ(rngs=nnx.Rngs(0), **SMALL)), images(5)
     model(batch)
@@ -234,6 +240,7 @@ def test_evaluation_uses_and_keeps_the_running_statistics():
     assert relative_error(model(batch[:2]), together[:2]) > 1e-2
 
 
+@pytest.mark.slow
 def test_probe_reports_the_backward_solve():
     definition, state = nnx.split(randomise(ConvDEQ(rngs=nnx.Rngs(0), **SMALL)))
     batch = images(4)

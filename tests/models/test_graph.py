@@ -81,6 +81,7 @@ def expected_logits(model, a, x):
 
 
 @pytest.mark.parametrize("name", ["gcn", "appnp", "sgc"])
+@pytest.mark.slow
 def test_controls_are_their_formulas(name, data):
     graph, features, a = data
     model = randomised(controls()[name])
@@ -122,6 +123,7 @@ def test_logits_are_those_of_the_equilibrium(name, normalize, data):
 
 
 @pytest.mark.parametrize("name", ["ignn", "monotone"])
+@pytest.mark.slow
 def test_a_step_and_a_projection_keep_the_bound(name, data):
     graph, features, _ = data
     model = implicit(name)
@@ -177,6 +179,7 @@ def test_dropout_of_sparse_features_is_that_of_their_entries(data):
     assert relative_error(model(graph, sparse), a @ affine(model.head, features)) < 1e-12
 
 
+@pytest.mark.slow
 def test_bad_input_is_named(data):
     graph, features, _ = data
     model = control(SGC)

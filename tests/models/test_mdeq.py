@@ -41,6 +41,7 @@ def images(batch=3, dtype=np.float32):
     ("options", "cell", "head", "stem"),
     [(TINY, 111_696, 41_266, 5_928), (LARGE, 8_715_232, 2_370_910, 11_296)],
 )
+@pytest.mark.slow
 def test_parameters_of_the_published_networks(options, cell, head, stem):
     """With the g of the weight normalisation, a number for each output channel."""
     model = abstract(**options)
@@ -84,6 +85,7 @@ def head_formula(weights, z):
     return y @ weights["classifier"]["kernel"] + weights["classifier"]["bias"]
 
 
+@pytest.mark.slow
 def test_network_is_the_formula_in_float64(x64):
     """From images to logits, with batch statistics; one shortcut of the head is the identity."""
     solver = Picard(tol=1e-13, max_iter=60)
@@ -111,6 +113,7 @@ def test_network_is_the_formula_in_float64(x64):
     assert relative_error(norm["mean"], 0.9 + 0.1 * first.mean((0, 1, 2))) < 1e-12
 
 
+@pytest.mark.slow
 def test_shapes_with_downsamplings_and_three_branches():
     options = {"channels": (4, 2, 6), "head_channels": (1, 2, 3), "downsamplings": 3}
     model = make(**options, image_shape=(64, 32, 2))
@@ -128,6 +131,7 @@ def test_shapes_with_downsamplings_and_three_branches():
     assert logits.shape == (5, 3)
 
 
+@pytest.mark.slow
 def test_a_training_step_traces_with_all_that_the_script_asks_for():
     """Tuples of states go through everything: states on the way, budgets, penalties, reports."""
     definition, params, rest = nnx.split(make(), nnx.Param, ...)
@@ -157,6 +161,7 @@ def test_a_training_step_traces_with_all_that_the_script_asks_for():
     assert report.residual.shape == (3,)
 
 
+@pytest.mark.slow
 def test_projection_of_the_parameters():
     plain = make()
     params = nnx.state(plain, nnx.Param)

@@ -61,6 +61,7 @@ def test_sizes_of_the_published_states():
 
 
 @pytest.mark.parametrize("operator", WIDTHS)
+@pytest.mark.slow
 def test_logits_are_the_formula(x64, operator):
     model = build(operator, solver=Picard(tol=1e-12, max_iter=2000), param_dtype=jnp.float64)
     batch = images()
@@ -108,6 +109,7 @@ def step(definition, params, rest, x, labels):
 
 
 @pytest.mark.parametrize("operator", WIDTHS)
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_few_iterations_suffice(operator):
     definition, params, rest = nnx.split(build(operator), nnx.Param, ...)
     x, labels = jnp.asarray(images(8), jnp.float32), jnp.arange(8) % 3
@@ -136,6 +138,7 @@ def test_one_resolvent_for_many_batches():
         np.testing.assert_allclose(call(model, x, resolvent), call(model, x, None), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_equation_outside_of_the_layer():
     model = build("conv", solver=Anderson(tol=1e-5))
     x = jnp.asarray(images(), jnp.float32)

@@ -69,6 +69,7 @@ def stages(weights, z, x):
     return fine, resnet_cell(weights["cells"][1], z[1], x, 1, 2), x + z[1]
 
 
+@pytest.mark.slow
 def test_stages_against_a_dense_solve_of_all_at_once(x64):
     """Values, gradients, the one equation, and the reports; batch statistics couple the samples."""
     rng = np.random.default_rng(2)
@@ -109,6 +110,7 @@ def test_stages_against_a_dense_solve_of_all_at_once(x64):
     assert relative_error(got, by_weights) < 1e-8
 
 
+@pytest.mark.slow
 def test_reports_are_of_all_stages_together():
     """Two stages of budget 3: the first cannot converge, both count."""
     model = make(solver=Picard(tol=1e-30, max_iter=3, trace=True), gradient=Implicit())

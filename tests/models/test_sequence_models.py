@@ -61,6 +61,7 @@ def test_a_head_may_see_some_channels():
     assert relative_error(reading.logits, expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_stats_and_memory_are_returned_where_asked_for():
     model = make("deq_transformer", dtype=jnp.float32, solver=Picard(tol=1e-4), memory_size=2)
     logits, stats, memory = call(model, tokens(), return_stats=True, return_memory=True)
@@ -138,6 +139,7 @@ def test_explicit_cells_are_not_alike():
 
 
 @pytest.mark.parametrize("kind", ["transformer", "trellis"])
+@pytest.mark.slow
 def test_many_layers_of_one_cell_are_the_equilibrium(kind, x64):
     deq = make(f"deq_{kind}")
     expected = call(deq, tokens())

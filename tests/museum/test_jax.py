@@ -62,6 +62,7 @@ def test_a_closure_inside_a_scan():
     "reverse fails"
 )
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_reverse_over_reverse_of_a_closure():
     def ours(w, x):
         f = lambda _, z, x: tanh_cell(w, z, x)  # noqa: E731
@@ -80,6 +81,7 @@ def test_reverse_over_reverse_of_a_closure():
     "JAX, vmap of while_loop (jax#2586, #20628): a vmapped loop runs every lane to the slowest one"
 )
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_finished_lanes_are_left_alone():
     solver = Anderson(tol=1e-6, trace=True)
     gains, x = np.array([0.1, 0.3, 0.9]), normal(6, seed=1)
@@ -123,6 +125,7 @@ def test_weakly_typed_starts():
     "TypeError about float0"
 )
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_integer_statistics_under_differentiation():
     def solve(w):
         return layer(w, X, return_stats=True, solver=NewtonKrylov(tol=1e-12))

@@ -65,6 +65,7 @@ def test_an_equal_solver_object_is_the_same_solver():
     "jaxopt J11: an unrolled solve cost in proportion to max_iter: 0.29 s at 1e4, 3.15 s at 1e5"
 )
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_unrolled_cost_follows_the_steps_taken():
     counts, gradients = [], []
     for max_iter in (50, 2500):

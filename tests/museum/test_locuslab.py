@@ -60,6 +60,7 @@ def test_no_step_improves():
     "computed tensors"
 )
 @pytest.mark.usefixtures("x64", "standard_promotion")
+@pytest.mark.slow
 def test_deepcopy():
     cell = FeedForwardCell(4, 4, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     cell.recurrent.kernel[...], cell.input.kernel[...] = jnp.asarray(W), jnp.eye(4)
@@ -89,6 +90,7 @@ def test_broyden_memory_is_bounded():
     "locuslab/deq#29: training crashed at the switch from unrolled pretraining to the equilibrium"
 )
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_the_switch_from_pretraining():
     params, z = {"w": jnp.asarray(W)}, None
     for policy in (Unrolled(steps=3), Implicit()):
@@ -194,6 +196,7 @@ def test_a_state_of_another_size_than_the_input():
     " used up all its evaluations"
 )
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_damped_anderson_does_not_freeze():
     a = np.linspace(-0.9, 0.9, 8)
 
@@ -217,6 +220,7 @@ def test_damped_anderson_does_not_freeze():
     "options were ignored"
 )
 @pytest.mark.usefixtures("x64", "standard_promotion")
+@pytest.mark.slow
 def test_acceleration_is_on():
     w = symmetric([-0.9, -0.3, 0.3, 0.9])
     cell = FeedForwardCell(4, 4, param_dtype=jnp.float64, rngs=nnx.Rngs(0))

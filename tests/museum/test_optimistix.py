@@ -39,6 +39,7 @@ def compiled_within(limit, function, *args):
     "optimistix O1: Newton and the adjoint made dense Jacobians: 72 MB at n = 3000 where GMRES "
     "takes 0.6 MB"
 )
+@pytest.mark.slow
 def test_no_dense_jacobian():
     n = 3000
 
@@ -64,6 +65,7 @@ def test_no_dense_jacobian():
     "optimistix O3 (optimistix#66): one bad lane raised for the whole vmapped batch"
 )
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_one_bad_lane_under_vmap():
     def solve(x):
         options = {"solver": TIGHT, "batched": False, "return_stats": True}
@@ -118,6 +120,7 @@ def test_the_last_iterate_can_be_the_best(count):
 
 @pytest.mark.museum("optimistix O7: a solve reported its number of steps and no residuals")
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_residuals_of_every_step():
     solver = Picard(tol=1e-6, max_iter=60, trace=True)
     _, stats = solve_fixed_point(tanh_cell, W, X, solver=solver)
@@ -137,6 +140,7 @@ def test_residuals_of_every_step():
 
 @pytest.mark.museum("optimistix#63: vmapping a solve failed where the solver's state held a jaxpr")
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_solves_can_be_vmapped():
     solver = NewtonKrylov(tol=1e-11)
     z = jnp.zeros((2, 4))

@@ -29,6 +29,7 @@ class _Subclass(nnx.Linear):
     "normalisation"
 )
 @pytest.mark.parametrize("normalization", [WeightNorm(), SpectralNorm()])
+@pytest.mark.slow
 def test_all_kernels_are_normalised(normalization):
     layer = DEQ(_Attention(nnx.Rngs(0)), normalization=normalization)
     kept = layer.statistics if isinstance(normalization, SpectralNorm) else layer.scale

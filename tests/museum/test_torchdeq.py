@@ -71,6 +71,7 @@ def test_two_evaluations_are_used():
     " error, no warning"
 )
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_spectral_radius_above_one():
     x, y = normal(2, 4, seed=1, scale=0.1), normal(2, 4, seed=2)
 

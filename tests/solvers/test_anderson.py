@@ -135,6 +135,7 @@ def test_never_behind_picard(history):
             assert (ours <= plain).all()
 
 
+@pytest.mark.slow
 def test_float32_keeps_accelerating():
     matrix = jnp.asarray(symmetric(np.linspace(0.1, 0.99, 100)), jnp.float32)
     x = jnp.asarray(np.random.default_rng(7).normal(size=(1, 100)), jnp.float32)
@@ -178,6 +179,7 @@ def test_a_singular_window_restarts():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_strongly_damped_mixing_does_not_freeze():
     """Damped Anderson can stand still where there is no fixed point; the plain step moves on."""
     matrix = jnp.asarray(symmetric(np.linspace(-0.5, 0.8, 30)))
@@ -190,6 +192,7 @@ def test_strongly_damped_mixing_does_not_freeze():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_complex_states():
     rng = np.random.default_rng(0)
     matrix = (rng.normal(size=(8, 8)) + 1j * rng.normal(size=(8, 8))) * 0.15
@@ -219,6 +222,7 @@ def test_complex_states():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_a_tree_is_solved_as_the_array_of_its_leaves():
     rng = np.random.default_rng(4)
     matrix = jnp.asarray(rng.normal(size=(12, 12)) * 0.25)
@@ -286,6 +290,7 @@ def window_of_three(solver):
     return z, f(z), state
 
 
+@pytest.mark.slow
 def test_a_window_that_cannot_be_factorised_restarts_with_its_newest_pair():
     """The Gram matrix of sample 0 is made indefinite, as rounding could; sample 1 goes on."""
     solver = Anderson(history=3)
@@ -311,6 +316,7 @@ def test_a_residual_far_above_the_best_restarts_the_window():
 
 
 @pytest.mark.parametrize("mixing", [1.0, 0.3])
+@pytest.mark.slow
 def test_a_proposal_that_hardly_moves_gives_way_to_the_plain_step(mixing):
     """The window holds a far smaller residual whose target is z itself: its minimiser is z."""
     solver = Anderson(history=2, mixing=mixing)
@@ -324,6 +330,7 @@ def test_a_proposal_that_hardly_moves_gives_way_to_the_plain_step(mixing):
 
 
 @pytest.mark.parametrize(("dtype", "window"), [(jnp.float32, 2), (jnp.complex64, 3)])
+@pytest.mark.slow
 def test_a_sample_of_one_number_has_no_more_points_than_it_can_tell_apart(dtype, window):
     """Two secants of one unknown are dependent: a longer history is that of `window` points."""
     x = jnp.linspace(-2, 2, 9).astype(dtype)[:, None]

@@ -168,6 +168,7 @@ def test_a_short_memory_converges(memory, at_most):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_a_memory_longer_than_the_solve_is_the_full_one():
     matrix, x = normal(12, 12, seed=1, scale=0.25), jnp.asarray(normal(2, 12, seed=2))
     full, longer = (
@@ -199,6 +200,7 @@ def test_float32_on_the_slow_map():
 
 @pytest.mark.museum("jaxopt J12: Broyden divided by a denominator that nothing kept from zero")
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_a_constant_f_and_a_constant_residual_leave_no_nan():
     x = jnp.asarray(normal(2, 5))
     # f(z) = c: the second evaluation is exact, and all changes after it vanish.
@@ -235,6 +237,7 @@ def test_spectral_radius_above_one(memory):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_line_search_takes_the_references_steps_and_decreases():
     """From far away the full step overshoots: it is halved until the residual decreases."""
     x = np.array([[2.0, 1.0, -1.0], [0.3, -0.2, 0.1]])
@@ -365,6 +368,7 @@ def after_three_steps():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_a_residual_far_above_the_best_empties_that_samples_memory():
     """What is left is the pair of the jump, on -I."""
     z, fz, state = after_three_steps()
@@ -392,6 +396,7 @@ def test_a_step_that_is_not_finite_gives_way_to_the_plain_one():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_the_estimate_of_a_stopped_sample_is_kept():
     """A mate that goes on must not empty it: with `reuse` the sample's gradient starts from it."""
     matrix, x = jnp.asarray(normal(8, 8, scale=0.2)), jnp.asarray(normal(2, 8, seed=1))
@@ -444,6 +449,7 @@ def test_bad_options_are_named(change, error):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_the_bound_holds_steps_that_would_leave_the_solution_behind():
     """tanh is nearly flat far out: from there the secant leads ever further away."""
 

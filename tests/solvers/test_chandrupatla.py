@@ -39,6 +39,7 @@ def chandrupatla(g, lower, upper, steps):
     return points
 
 
+@pytest.mark.slow
 def test_it_is_the_method_of_the_paper():
     """A steep and a flat equation, and one with a kink; each sample has its own bracket."""
     shift = jnp.asarray([0.3, 2.0, -1.0])
@@ -62,6 +63,7 @@ def test_it_is_the_method_of_the_paper():
         np.testing.assert_allclose([p[i] for p in points[3:]], expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_it_solves_where_picard_fails_and_has_a_gradient():
     """Cube roots by z + x - z³, whose slope at the root is below -1."""
     x = jnp.asarray([[1.0], [8.0], [27.0], [0.5]])

@@ -50,6 +50,7 @@ def tanh_cell(matrix, z, x):
     return jnp.tanh(z @ matrix.T + x)
 
 
+@pytest.mark.slow
 def test_the_guides_code_prints_what_it_says(capsys):
     (block,) = BLOCKS
     names = {"__name__": "own_solver"}
@@ -145,6 +146,7 @@ def test_its_gradient_is_the_dense_one(names, policy):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_a_bad_sample_and_a_state_in_leaves(names):
     matrix, x = normal(6, 6, scale=0.3), normal(3, 6, seed=1)
     solver = names["Squarem"](tol=1e-8, max_iter=300)

@@ -81,6 +81,7 @@ def problem(radius):
     return matrix, x, z, y, expected
 
 
+@pytest.mark.slow
 def test_the_problem_is_what_it_is_meant_to_be():
     for radius in (0.8, 1.5):
         matrix, x, z, _, _ = problem(radius)
@@ -103,6 +104,7 @@ def test_the_problem_is_what_it_is_meant_to_be():
     ],
     ids=name,
 )
+@pytest.mark.slow
 def test_the_gradient_is_the_dense_one(forward, backward):
     matrix, x, z_star, y, expected = problem(0.8 if PICARD in (forward, backward) else 1.5)
 
@@ -134,6 +136,7 @@ def test_the_gradient_is_the_dense_one(forward, backward):
     [*zip(FORWARD, FORWARD, strict=True), *zip(FORWARD[2:], BACKWARD[4:], strict=True)],
     ids=name,
 )
+@pytest.mark.slow
 def test_the_gradient_of_a_state_in_leaves_is_the_dense_one(forward, backward):
     """Without a probe this time, which is another rule of differentiation."""
     matrix, x, z_star, y, expected = problem(0.8 if PICARD in (forward, backward) else 1.5)

@@ -148,6 +148,7 @@ def test_the_best_iterate_is_returned_when_the_last_one_is_worse():
     "torchdeq T6: samples asked for at steps [5, 10] came from [4, 9], evaluations were "
     "miscounted, traces were padded with 1e8"
 )
+@pytest.mark.slow
 def test_the_trace_holds_every_residual_until_each_samples_stop():
     solver = Anderson(tol=1e-4, max_iter=60, trace=True)
     _, stats = deq_fixed_point(gains_cell, GAINS, inputs(4), solver=solver, return_stats=True)
@@ -225,6 +226,7 @@ def test_an_equilibrium_at_zero_can_be_found():
     assert np.abs(z).max() < 1e-12
 
 
+@pytest.mark.slow
 def test_solve_fixed_point_has_the_same_answer_and_no_gradient():
     x = inputs(4)
     solution = solve_fixed_point(gains_cell, GAINS, x, solver=SOLVERS[1])
@@ -234,6 +236,7 @@ def test_solve_fixed_point_has_the_same_answer_and_no_gradient():
     np.testing.assert_array_equal(gradient, 0)
 
 
+@pytest.mark.slow
 def test_a_solver_of_the_users_own_runs_in_the_loop():
     class AitkenState(NamedTuple):
         z: jax.Array

@@ -22,6 +22,7 @@ FAR = np.array([[0.36], [0.38], [40.0]])  # near 1 / e, where the slope of z log
 
 
 @x64
+@pytest.mark.slow
 def test_a_predicate_keeps_trials_where_f_has_a_value():
     x, start = jnp.asarray(X), jnp.asarray(FAR)
     plain = solve_fixed_point(logarithm, None, x, start, solver=NewtonKrylov(Dense())).stats
@@ -42,6 +43,7 @@ def test_a_predicate_keeps_trials_where_f_has_a_value():
 
 
 @x64
+@pytest.mark.slow
 def test_bounds_of_each_sample_choose_the_root():
     """Cubics `(z - a)(z - b)(z - c) = 0`, three roots each, and a box around one of them."""
     roots = np.array([[-1.0, 0.5, 2.0], [-1.0, 0.5, 2.0], [-2.0, 1.0, 3.0]])
@@ -109,6 +111,7 @@ def test_a_least_squares_step_where_the_krylov_method_finds_none():
 
 
 @x64
+@pytest.mark.slow
 def test_dense_and_symmetric_methods_take_newtons_steps():
     weights = np.random.default_rng(1).normal(size=(6, 6)) * 0.2
     weights = jnp.asarray(weights + weights.T)
@@ -154,6 +157,7 @@ def test_bad_constraints_are_named(options, error):
 
 
 @x64
+@pytest.mark.slow
 def test_the_unrolled_derivative_stays_inside_the_bounds_too():
     from deq_jax import Unrolled
 

@@ -93,6 +93,7 @@ def test_spectral_radius_above_one(krylov):
 
 
 @x64
+@pytest.mark.slow
 def test_backtracking_takes_the_scalar_methods_steps():
     """In one dimension the inner solve is exact after one product, so every trial is known."""
     x = jnp.asarray([[2.0], [2.0], [-3.0], [1.0]])
@@ -125,6 +126,7 @@ def test_backtracking_takes_the_scalar_methods_steps():
 
 
 @x64
+@pytest.mark.slow
 def test_the_inner_solve_meets_its_forcing_term():
     """‖(I - J) s - g‖ <= η ‖g‖ with the dense J; η is `forcing` first, then falls."""
     matrix, x, z = normal(10, 10, scale=0.3), normal(3, 10, seed=1), normal(3, 10, seed=2)
@@ -177,6 +179,7 @@ def test_the_last_evaluation_has_no_inner_solve(max_iter):
 )
 @KRYLOV
 @x64
+@pytest.mark.slow
 def test_a_sample_does_not_depend_on_its_batch_mates(krylov):
     """Mates that are halved, that need more products, or are done at once."""
     matrix = normal(6, 6, scale=0.5)
@@ -233,6 +236,7 @@ def test_a_singular_start_is_left_by_a_plain_step(krylov):
 
 
 @x64
+@pytest.mark.slow
 def test_a_state_in_three_leaves_takes_the_arrays_steps():
     matrix, x = normal(12, 12, scale=0.3), normal(3, 12, seed=1)
 
@@ -258,6 +262,7 @@ def test_a_state_in_three_leaves_takes_the_arrays_steps():
 
 
 @pytest.mark.usefixtures("x64", "standard_promotion")
+@pytest.mark.slow
 def test_complex_states():
     matrix, x = (
         jax.lax.complex(normal(*shape, seed=1), 0.3 * normal(*shape, seed=2))

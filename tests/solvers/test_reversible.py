@@ -47,6 +47,7 @@ def test_it_is_the_pair_of_the_paper(components):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_it_solves_and_goes_with_other_policies():
     matrix, x = problem()
     y = jnp.asarray(np.random.default_rng(1).normal(size=x.shape))

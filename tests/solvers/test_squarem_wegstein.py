@@ -66,6 +66,7 @@ def test_right_and_faster_than_picard(solver, name, faster):
 
 @pytest.mark.parametrize("solver", [SQUAREM(tol=1e-10), Wegstein(tol=1e-10)], ids=str)
 @pytest.mark.parametrize("policy", [Implicit(GMRES(tol=1e-12)), Unrolled()], ids=str)
+@pytest.mark.slow
 def test_gradients(solver, policy):
     f, params, x = problem("own")
     y = jnp.asarray(np.random.default_rng(2).normal(size=x.shape))
@@ -161,6 +162,7 @@ def test_one_equation_in_one_number_is_the_secant_method():
     assert stats.evaluations < 9
 
 
+@pytest.mark.slow
 def test_half_precision_complex_states_and_zeros():
     x = {"a": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.full((2, 2), 1 + 1j, jnp.complex64)}
     x["c"] = jnp.zeros((2, 1), jnp.float32)  # an entry that never moves

@@ -42,6 +42,7 @@ def test_the_loss_is_the_weighted_sum_over_the_trajectory():
     np.testing.assert_allclose(corrected_loss(loss_of, (*samples, z), 0.5), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_flow_through_every_state(x64):
     """Against the sum of the gradients of each state's loss with one phantom step, unrolled."""
     rng = np.random.default_rng(0)

@@ -535,6 +535,7 @@ def solve(f, params, x, solver, gradient):
     return stats, report
 
 
+@pytest.mark.slow
 def test_a_healthy_solve_has_no_findings():
     matrix = rotation(0.5)
     for solver in SOLVERS[1:]:
@@ -564,6 +565,7 @@ def test_plain_iteration_of_an_expanding_map_is_told_of_broyden():
     assert any("Broyden" in words for words in diagnose(stats)[0].advice)
 
 
+@pytest.mark.slow
 def test_a_solve_that_overflows_is_told_of_a_line_search():
     f = lambda params, z, x: x - (z @ params) ** 3  # noqa: E731
     params = 0.4 * jax.random.normal(jax.random.key(0), (16, 16))
@@ -589,6 +591,7 @@ def test_the_spectrum_of_an_expanding_map():
     assert finding.advice[0].startswith("Use `solver=Broyden()`")
 
 
+@pytest.mark.slow
 def test_backward_solves_that_do_not_converge_are_told_of_gmres():
     matrix, solver = rotation(1.5), Broyden()
     gradient = Implicit(solver=Picard(max_iter=10))
@@ -656,6 +659,7 @@ def test_a_solver_of_ones_own():
 
 
 @pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.slow
 def test_the_loop_of_the_guide(capsys):
     guide = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
     pattern = r'```python title="A loop[^"]*"\n(.*?)```.*?```text\n(.*?)```'

@@ -15,6 +15,7 @@ DRAWS = 30
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.slow
 def test_every_draw_converges_within_the_bound(name):
     stats, excess = draw(FAMILIES[name], DRAWS, seed=1)
     assert stats.status.size == DRAWS

@@ -21,6 +21,7 @@ def problem():
     return jnp.asarray(w, jnp.float32), jnp.asarray(x, jnp.float32)
 
 
+@pytest.mark.slow
 def test_every_start_leads_to_the_same_equilibrium_and_has_no_gradient():
     w, x = problem()
     expected = np.zeros((3, 4))
@@ -59,6 +60,7 @@ def test_mixed_starts_are_normal_or_zero():
 @pytest.mark.museum(
     "locuslab/deq-flow: reusing the last frame's fixed point was wired into the model code"
 )
+@pytest.mark.slow
 def test_a_warm_start_over_a_sequence_needs_fewer_evaluations():
     """A scan over inputs that change slowly, from zeros and from the last solution."""
     w, x = problem()
@@ -92,6 +94,7 @@ def test_a_warm_start_takes_what_can_be_used():
     np.testing.assert_array_equal(gradient, np.zeros((3, 2)))
 
 
+@pytest.mark.slow
 def test_a_learned_start_is_taught_by_its_loss_alone():
     """The loss's gradient reaches the initialiser and not the equilibrium; training saves work."""
     w, x = problem()

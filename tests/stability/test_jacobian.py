@@ -130,6 +130,7 @@ def penalty(z, key, step, **options):
     )
 
 
+@pytest.mark.slow
 def test_the_schedule():
     z = jnp.ones((3, 5))
     steps = {0: 0.5, 9: 0.5, 10: 0.75, 29: 1.0, 30: 0.0}
@@ -207,6 +208,7 @@ def dense_jacobians(params, z, x):
     return np.asarray(jax.jit(jax.vmap(of_sample))(z, x))
 
 
+@pytest.mark.slow
 def test_the_spectral_norm_is_the_largest_singular_value(x64):
     params, z, x = problem()
     expected = np.linalg.norm(dense_jacobians(params, z, x), 2, axis=(1, 2))
@@ -238,6 +240,7 @@ def test_the_gradient_of_the_spectral_norm(x64):
     np.testing.assert_allclose((got * direction).sum(), difference, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_spectral_norm_of_zero_and_of_a_complex_map():
     z = jnp.ones((2, 3), jnp.complex64)
     # f(z) = a z + b conj(z) stretches by |a| + |b| in one direction of each plane.
@@ -252,6 +255,7 @@ def test_the_spectral_norm_of_zero_and_of_a_complex_map():
     assert (value, gradient) == (0, 0)
 
 
+@pytest.mark.slow
 def test_the_trace(x64):
     params, z, x = problem()
     expected = np.trace(dense_jacobians(params, z, x), axis1=1, axis2=2)

@@ -108,6 +108,7 @@ def test_weight_norm_values_and_gradients(clip):
     " 0.0392 instead of 0.0100"
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.slow
 def test_effective_kernels_start_as_the_kernels(dtype):
     params = make_params(dtype)
     g, _ = WeightNorm().init(params)
@@ -157,6 +158,7 @@ def largest_singular_value(kernel, inputs):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("scale", "clip"), [(0.7, 1.0), (50.0, 1.0), (50.0, None)])
+@pytest.mark.slow
 def test_spectral_norm_against_svd(clip, scale):
     params, normalization = make_params(), SpectralNorm(scale, clip=clip, iterations=200)
     g, statistics = jax.jit(normalization.init)(params)
@@ -169,6 +171,7 @@ def test_spectral_norm_against_svd(clip, scale):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_sigma_follows_slowly_changing_kernels():
     # One step a call: the bound holds all the way, up to what the power iteration lags behind.
     normalization, step = SpectralNorm(), jax.jit(SpectralNorm())

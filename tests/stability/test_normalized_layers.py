@@ -136,6 +136,7 @@ def test_layers_hand_out_the_equation_that_they_solve(normalization):
     assert relative_error(f(params, solved, injection), solved) < 1e-9
 
 
+@pytest.mark.slow
 def test_linen_init():
     x = normal(3, 2)
     for normalization, _, _ in (*NORMALIZATIONS.values(), (SpectralNorm(), None, None)):

@@ -191,6 +191,7 @@ def test_convolution_bound_is_the_circular_norm(channels):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.slow
 def test_projected_convolution(dtype):
     kernel, size = jnp.asarray(normal(3, 3, 2, 2), dtype), (4, 4)
     projected = jax.jit(project_convolution, static_argnums=2)(kernel, 0.9, size)

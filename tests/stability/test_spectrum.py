@@ -124,6 +124,7 @@ def test_the_error_knows_how_sensitive_the_eigenvalue_is():
     assert (deviation > 2 * residual + 1e-4).any()
 
 
+@pytest.mark.slow
 def test_an_exhausted_space_has_no_more_values():
     z = jnp.zeros((2, 6))
     diagonal = jnp.asarray([[3, 3, 3, 2, 2, 2], [1, 1, 1, 1, 1, 1]], jnp.float32)
@@ -134,6 +135,7 @@ def test_an_exhausted_space_has_no_more_values():
     assert np.isnan(got.errors[1, 1:]).all()
 
 
+@pytest.mark.slow
 def test_unbatched_is_the_whole_state(x64):
     matrix = rotation(np.random.default_rng(0), 0.9, 6)
     z = jnp.zeros((2, 3))
@@ -148,6 +150,7 @@ def test_unbatched_is_the_whole_state(x64):
     "torchdeq T16: the spectral radius of a rotation scaled by 0.9 came out as 0.688, with no "
     "sign of doubt"
 )
+@pytest.mark.slow
 def test_what_cannot_be_known_is_said():
     """Too few products: not converged. A Jacobian that is not finite: NaN, and no endless loop."""
     found = jnp.asarray(matrices()[8:10], jnp.float32)
@@ -172,6 +175,7 @@ def test_a_zero_jacobian_has_radius_zero():
     assert got.converged.all()
 
 
+@pytest.mark.slow
 def test_half_precision():
     z = jnp.zeros((1, 20), jnp.bfloat16)
     values = jnp.linspace(-0.5, 0.9, 20).astype(jnp.bfloat16)
